@@ -8,13 +8,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import _triton
 from ._checks import check_option
 
 #: Implementations that can be asked for by name, fastest first where several are available.
 IMPLS = ("auto", "reference", "torch", "triton", "native")
 
-# Op -> the folder that holds its implementations, and which of them exist. `_torch` runs on every device, so it is
-# what "auto" takes; an accelerator-specific implementation goes in front of it once it exists.
+# Op -> the folder that holds its implementations, and which of them exist, in the order in which "auto" prefers them.
+# `_torch` and `_reference` run on every device and for every dtype; the others may decline.
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "strided_attention": ("attention", ("torch", "reference")),
     "strided_attention_step": ("attention", ("torch", "reference")),
@@ -32,8 +33,20 @@ def available_impls(op: str, device: torch.device | str) -> tuple[str, ...]:
         ValueError: ``op`` is not one of the package's ops.
     """
     check_option("op", op, OPS)
-    torch.device(device)
-    return OPS[op][1]
+    device = torch.device(device)
+    found = tuple(impl for impl in OPS[op][1] if not why_not(impl, device))
+    if device.type == "cpu" and "triton" in found:  # the interpreter is there for tests; nobody wants it by default
+        found = (*(impl for impl in found if impl != "triton"), "triton")
+    return found
+
+
+def why_not(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Why an implementation that exists cannot run on tensors of this device and dtype; "" if it can."""
+    if impl != "triton":
+        return ""
+    if dtype is not None and dtype not in _triton.DTYPES:
+        return f"it computes in {', '.join(str(x).removeprefix('torch.') for x in _triton.DTYPES)}, not in {dtype}"
+    return _triton.why_not(device.type)
 
 
 def select_impl(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -45,7 +58,8 @@ def select_impl(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
-    return available_impls(op, device)[0]
+    device = torch.device(device)
+    return next(impl for impl in available_impls(op, device) if not why_not(impl, device, dtype))
 
 
 def resolve_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -53,10 +67,13 @@ def resolve_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype) -
     check_option("impl", impl, IMPLS)
     if impl == "auto":
         return select_impl(op, device, dtype)
-    available = available_impls(op, device)
-    if impl not in available:
+    known = impl in OPS[op][1]
+    reason = why_not(impl, device, dtype) if known else ""
+    if reason or not known:
+        available = ", ".join(x for x in available_impls(op, device) if not why_not(x, device, dtype))
+        because = f" ({reason})" if reason else ""
         raise ValueError(
-            f"impl: {op} has no implementation {impl!r} on {device}; available there: {', '.join(available)}"
+            f"impl: {op} has no implementation {impl!r} on {device}{because}; available there: {available}"
         )
     return impl
 
