@@ -1,0 +1,1 @@
+"""What the library is compared with: the published algorithm and the usual ways of writing each op."""
