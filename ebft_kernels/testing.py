@@ -168,7 +168,7 @@ def assert_within_budget(actual: Tensor, eager: Tensor, truth: Tensor, name: str
         raise AssertionError(f"{name}: expected shape {list(truth.shape)}, got {list(actual.shape)}")
     if truth.numel() == 0:
         return
-    error = float((actual.double() - truth.double()).abs().max())
+    error = float((actual.detach().double() - truth.double()).abs().max())
     budget = error_budget(eager, truth, actual.dtype)
     if not error <= budget:
         raise AssertionError(f"{name}: error {error:.3e} exceeds the budget {budget:.3e}")
