@@ -18,20 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebft_kernels import StridedLayout
+from ebft_kernels import FeatureMatching, StridedLayout
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.features import layer_numbers
 from ebft_trainer.rollout import draw
 
+from .features import match_by_batched_svd
+
 
 class PublishedStep(NamedTuple):
-    """Loss to be differentiated, tokens [B, A, n, G], their log-probabilities, rewards [B, A, n], seconds by phase."""
+    """Loss to be differentiated, tokens [B, A, n, G], their log-probabilities, what matching gave, seconds by phase."""
 
     loss: Tensor
     rollouts: Tensor
     log_probs: Tensor
-    reward: Tensor
-    advantage: Tensor
+    match: FeatureMatching
     seconds: dict[str, float]
 
 
@@ -54,10 +55,10 @@ def published_step(
     generated = time.perf_counter()
     rollout_features, target_features = _features(feature_model, sequences, layout, options)
     featured = time.perf_counter()
-    reward, advantage = _rewards(rollout_features, target_features, options)  # [B, A, n]
+    match = match_by_batched_svd(rollout_features, target_features, options.alignment_coef, options.diversity_coef)
     matched = time.perf_counter()
     log_probs, text_log_probs = _log_probs(model, sequences, layout, options.temperature)
-    loss = -options.rl_coef * (advantage[..., None] * log_probs).mean() - options.ce_coef * text_log_probs.mean()
+    loss = -options.rl_coef * (match.advantage[..., None] * log_probs).mean() - options.ce_coef * text_log_probs.mean()
     seconds = {
         "rollout": generated - start,
         "features": featured - generated,
@@ -65,7 +66,7 @@ def published_step(
         "policy": time.perf_counter() - matched,
     }
     rollouts = layout.rollouts(layout.from_reference_order(sequences))
-    return PublishedStep(loss, rollouts, log_probs.detach(), reward, advantage, seconds)
+    return PublishedStep(loss, rollouts, log_probs.detach(), match, seconds)
 
 
 def dense_mask(anchors: list[int], length: int, steps: int) -> Tensor:
@@ -143,27 +144,6 @@ def _features(
     last = hidden[:, -layout.num_anchors :].unflatten(0, (layout.batch_size, layout.samples)).transpose(1, 2)
     window_end = layout.anchors[0].long() + layout.horizon - 1
     return last, hidden[:: layout.samples, window_end]
-
-
-@torch.no_grad()
-def _rewards(rollouts: Tensor, targets: Tensor, options: EBFTOptions) -> tuple[Tensor, Tensor]:
-    n = rollouts.shape[2]
-    u, s, _ = torch.linalg.svd(rollouts, full_matrices=False)
-    inverse = torch.where(s > 1e-5 * s[..., :1], 1 / s, 0)
-    whitening = (u * inverse[..., None, :]) @ u.mT  # [B, A, n, n]
-    rollouts = whitening @ rollouts
-    targets = whitening.sum(-1)[..., None] * targets[:, :, None]
-    alignment = options.alignment_coef * 2 * F.cosine_similarity(rollouts, targets, dim=-1)
-    products = rollouts @ rollouts.mT
-    diversity = products.sum(-1) - products.diagonal(dim1=-2, dim2=-1)
-    diversity = options.diversity_coef * 2 / (n - 1) * diversity if n > 1 else torch.zeros_like(diversity)
-    reward = alignment - diversity
-    if n == 1:
-        return reward, reward
-    baseline = (alignment.sum(-1, keepdim=True) - alignment) / (n - 1)
-    if n > 2:
-        baseline = baseline - (diversity.sum(-1, keepdim=True) - 2 * diversity) / (n - 2)
-    return reward, reward - baseline
 
 
 def _log_probs(model: nn.Module, sequences: Tensor, layout: StridedLayout, temperature: float) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,6 @@ def test_its_numbers_and_gradients_are_those_of_the_library(model, samples):
     assert torch.equal(published.rollouts, ours.rollouts)
     for name in ("log_probs", "loss"):
         torch.testing.assert_close(getattr(published, name), getattr(ours, name))
-    torch.testing.assert_close(published.reward, ours.match.reward)
-    torch.testing.assert_close(published.advantage, ours.match.advantage)
+    for name, actual, expected in zip(published.match._fields, published.match, ours.match, strict=True):
+        torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
     torch.testing.assert_close(*gradients)
