@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import statistics
 import time
@@ -16,12 +17,11 @@ _FLUSH_BYTES = 256 << 20
 
 
 class Seconds(NamedTuple):
-    """Median, 20th and 80th percentile of the runs of one contestant, and its first run (compilation included)."""
+    """Median, 20th and 80th percentile of the runs of one contestant."""
 
     median: float
     p20: float
     p80: float
-    first: float
 
 
 def in_turn(
@@ -34,10 +34,11 @@ def in_turn(
 ) -> dict[str, Seconds]:
     """Time the contestants in turn, so that all of them see the same machine.
 
-    Each round runs every contestant once. The first round is warm-up and reported apart; then at least ``least`` rounds
-    are counted, and on up to ``most`` until ``seconds`` have passed.
+    Each round runs every contestant once. The first round is warm-up; then at least ``least`` rounds are counted, and
+    on up to ``most`` until ``seconds`` have passed.
     """
-    first = {name: _once(run, device) for name, run in contestants.items()}
+    for run in contestants.values():
+        _once(run, device)
     runs: dict[str, list[float]] = {name: [] for name in contestants}
     start = time.perf_counter()
     for count in range(most):
@@ -45,7 +46,7 @@ def in_turn(
             break
         for name, run in contestants.items():
             runs[name].append(_once(run, device))
-    return {name: Seconds(*_quantiles(values), first[name]) for name, values in runs.items()}
+    return {name: Seconds(*_quantiles(values)) for name, values in runs.items()}
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -59,6 +60,7 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
         run()
         return time.perf_counter() - start
     torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+    torch.cuda.synchronize(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
@@ -67,22 +69,35 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most memory that ``run`` holds at a time beyond what is held before it.
+class FirstRun(NamedTuple):
+    """Seconds of a first run, compilation included, and the most memory that it held beyond what was held before."""
 
-    On the CPU that is the resident memory of the process: what an earlier run left with the allocator counts as held,
-    so that the first call for a contestant should be in a process that has not run anything larger.
-    """
+    seconds: float
+    peak_bytes: int
+
+
+def first_run(run: Callable[[], object], device: torch.device) -> FirstRun:
+    """Run once. Memory on the CPU is the resident memory of the process: an upper bound, read after giving back all
+    that the allocator kept of earlier runs."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
         run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    before = resident_bytes("VmRSS")
+        return FirstRun(time.perf_counter() - start, torch.cuda.max_memory_allocated(device) - before)
+    _give_back()
     reset_peak_resident()
-    run()
-    return max(0, resident_bytes("VmHWM") - before)
+    before = resident_bytes("VmRSS")
+    seconds = _once(run, device)
+    return FirstRun(seconds, resident_bytes("VmHWM") - before)
+
+
+def _give_back() -> None:
+    """Have the C library return what it holds of freed memory, where it knows how."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def resident_bytes(field: str) -> int:

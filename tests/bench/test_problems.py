@@ -1,0 +1,87 @@
+"""The benchmark compares like with like: everyone is checked, and who is wrong gets no time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench.__main__ import measure
+from bench.problems import PROBLEMS, Contestant, errors, visible_pairs
+from bench.report import markdown, plot, write_json
+from bench.shapes import Geometry, ModelShape
+from ebft_kernels import StridedLayout
+
+MODEL = ModelShape("small", 24, 64, 4, 4, 2, 16, 97)
+GEOMETRY = Geometry(batch=2, length=44)
+CPU = torch.device("cpu")
+
+
+def problem(op: str, dtype: torch.dtype = torch.float32):
+    """Without FlexAttention, whose compilation takes longer than everything else here."""
+    made = PROBLEMS[op](MODEL, GEOMETRY, dtype, CPU)
+    return made._replace(contestants={k: v for k, v in made.contestants.items() if "Flex" not in k})
+
+
+@pytest.mark.parametrize("op", PROBLEMS)
+def test_everyone_is_right(op):
+    found = errors(problem(op))
+    assert len(found) >= 2
+    assert not any(found.values()), found
+
+
+@pytest.mark.parametrize("op", PROBLEMS)
+def test_who_is_wrong_or_fails_gets_no_time(op):
+    made = problem(op)
+    name, right = next((k, v) for k, v in made.contestants.items() if v.exact)
+
+    def broken(*inputs):
+        return tuple(x * 1.001 for x in right.finish(right.run(*inputs)))
+
+    def failing(*_inputs):
+        raise RuntimeError("no such kernel")
+
+    entries = {
+        name: right,
+        "broken": Contestant(broken, right.prepare, differentiable=right.differentiable),
+        "failing": Contestant(failing, right.prepare, differentiable=right.differentiable),
+    }
+    made = made._replace(contestants=entries)
+    wrong = errors(made)
+    assert wrong[name] == ""
+    assert "exceeds the budget" in wrong["broken"]
+    assert wrong["failing"] == "RuntimeError: no such kernel"
+    rows = {row.contestant: row for row in measure(made, wrong, CPU, ["forward"])}
+    assert rows[name].median > 0 and rows[name].error == ""
+    assert rows["broken"].median is None and rows["broken"].error == wrong["broken"]
+    assert rows["failing"].median is None
+
+
+def test_a_wrong_gradient_is_seen():
+    made = problem("strided_attention")
+    right = made.contestants["ebft torch"]
+
+    def run(q, k, v):
+        return right.run(q, k.detach() * 0.999 + k * 0.001, v)
+
+    found = errors(made._replace(contestants={"half a gradient": Contestant(run)}))
+    assert "tensor 2" in found["half a gradient"]
+
+
+def test_the_work_is_that_of_the_visible_pairs():
+    layout = StridedLayout.strided(2, 30, context=4, stride=3, horizon=5, samples=2)
+    assert visible_pairs(layout) == int(layout.dense_mask().sum())
+
+
+def test_what_is_written(tmp_path):
+    made = problem("feature_matching")
+    rows = [*measure(made, {"batched SVD": "tensor 0: wrong"}, CPU)]
+    assert {row.direction for row in rows} == {"forward"}
+    text = markdown("the machine", rows)
+    assert "| batched SVD | tensor 0: wrong |" in text and "### feature_matching, forward" in text
+    write_json(tmp_path / "rows.json", "the machine", rows)
+    read = json.loads((tmp_path / "rows.json").read_text())
+    assert read["machine"] == "the machine" and len(read["rows"]) == len(rows)
+    plot(tmp_path / "rows.png", "the machine", rows)
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
