@@ -1,0 +1,39 @@
+"""The benchmark of a whole step: everyone takes the same step, and a different loss stops it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import step
+from bench.shapes import Geometry, ModelShape
+
+SHAPE = ModelShape("small", 24, 40, 4, 4, 2, 8, 97)
+NAMES = [step.OURS, *step.PUBLISHED_ATTENTION]
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return step.Setup(SHAPE, Geometry(batch=2, length=32), torch.float32)
+
+
+def test_everyone_is_timed_by_phase(setup):
+    seconds, floors = setup.time(NAMES, rounds=1)
+    assert list(seconds) == NAMES
+    assert all(set(phases) == set(step.PHASES) and min(phases.values()) > 0 for phases in seconds.values())
+    assert len(floors) == 6 and min(floors.values()) > 0
+
+
+def test_another_loss_stops_it(setup, monkeypatch):
+    real, other = step.published_step, step.EBFTOptions(temperature=1.5, alignment_coef=3.0)
+    monkeypatch.setattr(step, "published_step", lambda *args, **kwargs: real(*args[:4], other, **kwargs))
+    with pytest.raises(RuntimeError, match="published algorithm: loss"):
+        setup.time(NAMES[:2], rounds=1)
+
+
+def test_gradients_are_those_of_one_step(setup):
+    for name in NAMES:
+        setup.run(name)
+        once = [p.grad.clone() for p in setup.model.parameters()]
+        setup.run(name)
+        assert all(torch.equal(p.grad, g) for p, g in zip(setup.model.parameters(), once, strict=True))
