@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _native, _triton
 from ._checks import check_option
 
 #: Implementations that can be asked for by name, fastest first where several are available.
@@ -17,11 +17,11 @@ IMPLS = ("auto", "reference", "torch", "triton", "native")
 # Op -> the folder that holds its implementations, and which of them exist, in the order in which "auto" prefers them.
 # `_torch` and `_reference` run on every device and for every dtype; the others may decline.
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "strided_attention": ("attention", ("torch", "reference")),
-    "strided_attention_step": ("attention", ("torch", "reference")),
-    "pool_features": ("pooling", ("torch", "reference")),
-    "mean_embedding_loss": ("matching", ("torch", "reference")),
-    "feature_matching": ("matching", ("torch", "reference")),
+    "strided_attention": ("attention", ("triton", "torch", "reference")),
+    "strided_attention_step": ("attention", ("triton", "torch", "reference")),
+    "pool_features": ("pooling", ("native", "triton", "torch", "reference")),
+    "mean_embedding_loss": ("matching", ("native", "triton", "torch", "reference")),
+    "feature_matching": ("matching", ("native", "triton", "torch", "reference")),
     "linear_log_probs": ("logprob", ("torch", "reference")),
 }
 
@@ -42,6 +42,8 @@ def available_impls(op: str, device: torch.device | str) -> tuple[str, ...]:
 
 def why_not(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Why an implementation that exists cannot run on tensors of this device and dtype; "" if it can."""
+    if impl == "native":
+        return _native.why_not(device.type)
     if impl != "triton":
         return ""
     if dtype is not None and dtype not in _triton.DTYPES:

@@ -33,11 +33,15 @@ class Target(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """One way to run a kernel: its compile-time sizes (by the kernel's argument names), warps and pipeline stages."""
+    """One way to run a kernel: its compile-time sizes (by the kernel's argument names), warps and pipeline stages.
+
+    ``max_registers``, per thread, matters on NVIDIA only: without it the assembler may spill to run more programs.
+    """
 
     sizes: Mapping[str, int]
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
 
 
 Launcher = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
@@ -129,6 +133,8 @@ def _run(kernel, grid, args, device, tile, constants):
     if 0 in grid:
         return
     options = {**constants, **tile.sizes, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.max_registers is not None and target_of(device).arch.startswith("sm_"):
+        options["maxnreg"] = tile.max_registers
     if _launcher is not None:
         _launcher(kernel, grid, args, options)
     elif device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):

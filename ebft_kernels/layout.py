@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import INTEGER, check_int, check_tensor
+from ._checks import INTEGER, check_int, check_option, check_tensor
+from ._triton import why_not
 
 
 class KeyRanges(NamedTuple):
@@ -362,21 +363,32 @@ class StridedLayout:
         check_int("window", window, minimum=1)
         return slide_key_ranges(self.key_ranges, window)
 
-    def dense_mask(self, window: int | None = None) -> Tensor:
-        """[B, 1, S, S] bool, True = may attend. For tests, small inputs and other trainers: it is quadratic in S."""
-        prefix_start, prefix_end, own_start = (r[:, None, :, None] for r in self.visible_keys(window))
-        row = torch.arange(self.packed_length, device=self.device)
-        key = row[None, :]
-        row = row[:, None]
-        return ((key >= prefix_start) & (key < prefix_end)) | ((key >= own_start) & (key <= row))
+    def dense_mask(self, window: int | None = None, *, block: str = "causal") -> Tensor:
+        """[B, 1, S, S] bool, True = may attend. For tests, small inputs and other trainers: it is quadratic in S.
 
-    def mask_mod(self, window: int | None = None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        Args:
+            window: sliding window: only keys less than ``window`` positions back.
+            block: "causal", or "full": a rollout token sees the later tokens of its rollout too.
+        """
+        ranges, own_end = self.visible_keys(window), self._own_end(block)
+        if _written_by_kernels(self.anchors):
+            from ._layout_triton import dense_mask
+
+            return dense_mask(*ranges, length=self.length, horizon=self.horizon, full=block == "full")
+        prefix_start, prefix_end, own_start, own_end = (r[:, None, :, None] for r in (*ranges, own_end))
+        key = torch.arange(self.packed_length, device=self.device)
+        return ((key >= prefix_start) & (key < prefix_end)) | ((key >= own_start) & (key < own_end))
+
+    def mask_mod(
+        self, window: int | None = None, *, block: str = "causal"
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The same mask as a FlexAttention predicate ``(batch, head, query, key) -> bool``."""
         prefix_start, prefix_end, own_start = self.visible_keys(window)
+        own_end = self._own_end(block)
 
         def visible(batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             in_prefix = (key >= prefix_start[batch, query]) & (key < prefix_end[batch, query])
-            in_rollout = (key >= own_start[batch, query]) & (key <= query)
+            in_rollout = (key >= own_start[batch, query]) & (key < own_end[batch, query])
             return in_prefix | in_rollout
 
         return visible
@@ -419,6 +431,14 @@ class StridedLayout:
             f"samples={self.samples}, horizon={self.horizon}, packed_length={self.packed_length}, "
             f"device='{self.device}')"
         )
+
+    def _own_end(self, block: str) -> Tensor:
+        """[B, S] int32, end of the tokens of its own rollout that each row sees; those of prompt rows are none."""
+        check_option("block", block, ("causal", "full"))
+        row = torch.arange(self.packed_length, dtype=torch.int32, device=self.device)
+        if block == "full":
+            row = torch.where(row < self.length, row, self.key_ranges.own_start + self.horizon - 1)
+        return (row + 1).expand(self.batch_size, -1)
 
     def _sizes(self) -> dict[str, int]:
         return {
@@ -493,8 +513,20 @@ def _window_is_whole(anchors: Tensor, lengths: Tensor, prompt_start: Tensor, hor
     return inside & (before == end)
 
 
+def _written_by_kernels(x: Tensor) -> bool:
+    """Whether what belongs to ``x`` is written by Triton kernels: on a GPU, unless the code is being traced."""
+    return (
+        not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cuda" and not why_not("cuda")
+    )
+
+
 def _geometry(anchors: Tensor, prompt_start: Tensor, horizon: int, samples: int) -> tuple[Tensor, KeyRanges]:
     """Position ids [B, S] and key ranges [B, S] of all packed rows."""
+    if _written_by_kernels(anchors):
+        from ._layout_triton import geometry
+
+        position_ids, ranges = geometry(anchors, prompt_start, horizon, samples)
+        return position_ids, KeyRanges(*ranges)
     (batch_size, length), num_anchors, device = prompt_start.shape, anchors.shape[1], anchors.device
     prompt = torch.arange(length, dtype=torch.int32, device=device).expand(batch_size, length)
     end = anchors.clamp_min(0)  # [B, A]

@@ -6,34 +6,118 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 
 import ebft_kernels
+from ebft_kernels import diagnostics
 from ebft_kernels._dispatch import OPS
 from ebft_kernels.attention import _torch as torch_attention
 
 
-def test_build_info_names_the_chosen_implementation_of_every_op():
+@pytest.fixture
+def without_triton(monkeypatch):
+    """As on a machine without a GPU, where the interpreter is not switched on."""
+    why_not = diagnostics.why_not
+
+    def no_triton(impl, *rest):
+        return "there is no GPU" if impl == "triton" else why_not(impl, *rest)
+
+    monkeypatch.setattr(diagnostics, "why_not", no_triton)
+
+
+def wrong_lines(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+
+
+def test_build_info_names_the_chosen_implementation_of_every_op_and_why_others_are_missing(without_triton):  # noqa: ARG001
     info = ebft_kernels.build_info()
     assert info["torch"] == torch.__version__
-    for op in OPS:
-        assert info[op].startswith("torch on ")
+    assert info["triton"] and info["target"]
+    for op, (_, impls) in OPS.items():
+        assert info[op].startswith(f"{ebft_kernels.select_impl(op, 'cpu', torch.float32)} on cpu ")
+        assert all(impl in info[op] for impl in impls)
+        assert ("triton: there is no GPU" in info[op]) == ("triton" in impls)
 
 
 def test_self_test_covers_every_op_and_passes(capsys):
     assert ebft_kernels.self_test(device="cpu")
     table = capsys.readouterr().out
-    for op in OPS:
-        assert f"\n{op} " in table
-    assert "WRONG" not in table
+    for op, (_, impls) in OPS.items():
+        for impl in impls:
+            assert f"\n{op:<24}{impl:<11}float32 " in table
+    assert table.count("\nlayout                  triton     integers  ") == 2
+    assert "WRONG" not in table and "none wrong" in table
 
 
-def test_self_test_finds_a_wrong_implementation(capsys, monkeypatch):
-    step = torch_attention.step
-    monkeypatch.setattr(torch_attention, "step", lambda *args: step(*args) * 1.0001)
+@pytest.mark.usefixtures("without_triton")
+def test_what_could_not_run_is_named_with_the_reason(capsys):
+    assert ebft_kernels.self_test(device="cpu")
+    table = capsys.readouterr().out
+    for op, (_, impls) in OPS.items():
+        assert (f"\n{op:<24}triton     not run: there is no GPU\n" in table) == ("triton" in impls)
+
+
+@pytest.mark.usefixtures("without_triton")
+def test_the_16_bit_cases_that_a_gpu_gets_hold_for_the_implementations_that_run_here(monkeypatch, capsys):
+    monkeypatch.setattr(diagnostics, "_dtypes", lambda *_: (torch.bfloat16, torch.float16))
+    assert ebft_kernels.self_test(device="cpu"), wrong_lines(capsys)
+
+
+@pytest.mark.usefixtures("without_triton")
+class TestFaults:
+    """One implementation of one op is broken; exactly its lines say so."""
+
+    def broken(self, monkeypatch, capsys, fault) -> list[str]:
+        step = torch_attention.step
+        monkeypatch.setattr(torch_attention, "step", lambda *arguments: fault(step(*arguments)))
+        assert not ebft_kernels.self_test(device="cpu")
+        lines = wrong_lines(capsys)
+        assert len(lines) == 2
+        assert all(line.startswith(f"{'strided_attention_step':<24}torch ") for line in lines)
+        return lines
+
+    def test_slightly_wrong_numbers(self, monkeypatch, capsys):
+        self.broken(monkeypatch, capsys, lambda out: out * 1.0001)
+
+    def test_nan_in_one_place(self, monkeypatch, capsys):
+        def fault(out):
+            out[0, 0, 0, 0] = float("nan")
+            return out
+
+        self.broken(monkeypatch, capsys, fault)
+
+    def test_an_exception(self, monkeypatch, capsys):
+        def fault(_out):
+            raise RuntimeError("out of registers")
+
+        assert all("RuntimeError: out of registers" in line for line in self.broken(monkeypatch, capsys, fault))
+
+    def test_other_bits_in_a_second_run(self, monkeypatch, capsys):
+        runs = iter(range(100))
+
+        def fault(out):
+            out[0, 0, 0, 0].add_(1e-7 * (next(runs) % 2))
+            return out
+
+        assert all("in a second run: other numbers" in line for line in self.broken(monkeypatch, capsys, fault))
+
+
+def test_faults_in_the_layouts_kernels_are_found(monkeypatch, capsys):
+    from ebft_kernels import _layout_triton
+
+    def fault(*_arguments):
+        raise RuntimeError("no such kernel")
+
+    geometry = _layout_triton.geometry
+    monkeypatch.setattr(diagnostics, "cases", lambda *, large: ())  # noqa: ARG005
+    assert ebft_kernels.self_test(device="cpu")
+    monkeypatch.setattr(_layout_triton, "geometry", lambda *x: (geometry(*x)[0] + 1, geometry(*x)[1]))
     assert not ebft_kernels.self_test(device="cpu")
-    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
-    assert len(wrong) == 1 and wrong[0].startswith("strided_attention_step")
+    monkeypatch.setattr(_layout_triton, "geometry", fault)
+    assert not ebft_kernels.self_test(device="cpu")
+    lines = wrong_lines(capsys)
+    assert len(lines) == 4 and all("no such kernel" in line for line in lines[2:])
 
 
 def test_the_kernels_import_and_run_without_any_optional_package():

@@ -64,11 +64,15 @@ def plan_rows(
     horizon: int,
     *,
     window: int | None,
+    full: bool,
     rows: int,
     repeat: int,
     dtype: torch.dtype,
 ) -> Plan:
-    """Tiles of all packed rows, about ``rows`` in each; masks of ``dtype`` for ``repeat`` folded rows per row."""
+    """Tiles of all packed rows, about ``rows`` in each; masks of ``dtype`` for ``repeat`` folded rows per row.
+
+    With ``full``, rollout tokens see the later tokens of their rollout too.
+    """
 
     def build() -> Plan:
         visible = ranges if window is None else slide_key_ranges(ranges, window)
@@ -78,11 +82,11 @@ def plan_rows(
         if horizon and packed > length:
             cuts += range(length, packed, _whole(rows, horizon, samples))
             step = torch.arange(horizon)
-            own = (step <= step[:, None]) & (step > step[:, None] - (window or horizon))
+            own = ((step <= step[:, None]) | full) & (step > step[:, None] - (window or horizon))
             own_mask = _additive(own, repeat, dtype, visible.prefix_end.device)
         return Plan(_stripes(visible, [*cuts, packed], length, repeat, dtype), own_mask)
 
-    return _cached(ranges, ("rows", length, samples, horizon, window, rows, repeat, dtype), build)
+    return _cached(ranges, ("rows", length, samples, horizon, window, full, rows, repeat, dtype), build)
 
 
 def plan_step(

@@ -18,9 +18,10 @@ def strided_attention(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
+    block: str = "causal",
 ) -> Tensor:
     """q [B, H, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> [B, H, S, Dv]."""
-    visible = layout.dense_mask(window)  # [B, 1, S, S]
+    visible = layout.dense_mask(window, block=block)  # [B, 1, S, S]
     return masked_attention(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks)
 
 

@@ -58,6 +58,7 @@ def forward(
     scale: float,
     softcap: float | None,
     window: int | None,
+    full: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, S, Dv] and log-sum-exp [B, H, S]; see :func:`.api.strided_attention`."""
     out, lse = empty_output(q, v), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
@@ -66,7 +67,8 @@ def forward(
         kv_heads, repeat = k.shape[1], q.shape[1] // k.shape[1]
         q, k, v = (_fold(x, kv_heads, lse.dtype) for x in (q, k, v))
         rows = _tile_rows(_TILE_ROWS, k, length, repeat, scoring)
-        plan = plan_rows(ranges, length, samples, horizon, window=window, rows=rows, repeat=repeat, dtype=lse.dtype)
+        options = {"window": window, "full": full, "rows": rows, "repeat": repeat, "dtype": lse.dtype}
+        plan = plan_rows(ranges, length, samples, horizon, **options)
         own = None
         if plan.own_mask is not None:
             views = (_per_rollout(q, length, horizon, repeat), *(_per_rollout(x, length, horizon) for x in (k, v)))
@@ -121,6 +123,7 @@ def backward(
     scale: float,
     softcap: float | None,
     window: int | None,
+    full: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous, in their dtype; accumulated in at least float32."""
     if not q.numel():
@@ -129,7 +132,8 @@ def backward(
     batch, kv_heads, repeat = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     grad, q, k, v, out, lse = (_fold(x, kv_heads, lse.dtype) for x in (grad, q, k, v, out, lse[..., None]))
     rows = _tile_rows(_TILE_ROWS, k, length, repeat, scoring)
-    plan = plan_rows(ranges, length, samples, horizon, window=window, rows=rows, repeat=repeat, dtype=lse.dtype)
+    options = {"window": window, "full": full, "rows": rows, "repeat": repeat, "dtype": lse.dtype}
+    plan = plan_rows(ranges, length, samples, horizon, **options)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     for x, rows in ((grad_q, length * repeat), (grad_k, length), (grad_v, length)):
         x[:, :, :rows].zero_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import FLOATING, check_int, check_positive, check_tensor
+from .._checks import FLOATING, check_int, check_option, check_positive, check_tensor
 from .._dispatch import autocast_inputs, implementation, resolve_impl
 from ..layout import KeyRanges, StridedLayout
 from . import _reference
@@ -22,11 +22,13 @@ def strided_attention(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    block: str = "causal",
     impl: str = "auto",
 ) -> Tensor:
     """Softmax attention of packed rows under the mask of ``layout``, without ever building the mask.
 
-    Equal to ``F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense_mask(window), enable_gqa=True)``, plus:
+    Equal to ``F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense_mask(window, block=block),
+    enable_gqa=True)``, plus:
 
         score  = scale * <q, k>                         then, with ``softcap``: softcap * tanh(score / softcap)
         weight = exp(score) / (sum over visible keys of exp(score)  [+ exp(sinks[head])])
@@ -43,6 +45,8 @@ def strided_attention(
         softcap: bound of the scores.
         window: sliding window: a token sees keys less than ``window`` positions back.
         sinks: [H] floating, one more logit per head in the denominator (arXiv:2309.17453).
+        block: "causal": a rollout token sees its rollout up to itself. "full": it sees all of its rollout, as the
+            drafters of speculative decoding do; a window bounds only what lies before it.
         impl: "auto", "reference", "torch", ...; see :func:`ebft_kernels.available_impls`.
 
     Returns:
@@ -55,11 +59,13 @@ def strided_attention(
     q, k, v = autocast_inputs(q, k, v)
     _check_layout(layout)
     scale = _check_inputs(("q", "k", "v"), q, k, v, layout, layout.packed_length, scale, softcap, window, sinks)
+    check_option("block", block, ("causal", "full"))
     impl = resolve_impl("strided_attention", impl, q.device, q.dtype)
     if impl == "reference":
-        return _reference.strided_attention(q, k, v, layout, scale=scale, softcap=softcap, window=window, sinks=sinks)
+        options = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks, "block": block}
+        return _reference.strided_attention(q, k, v, layout, **options)
     sizes = (layout.length, layout.samples, layout.horizon)
-    out, _ = _forward_op(q, k, v, sinks, *layout.key_ranges, *sizes, scale, softcap, window, impl)
+    out, _ = _forward_op(q, k, v, sinks, *layout.key_ranges, *sizes, scale, softcap, window, block == "full", impl)
     return out
 
 
@@ -156,7 +162,8 @@ def _check_inputs(
 
 
 _GEOMETRY = "Tensor prefix_start, Tensor prefix_end, Tensor own_start, SymInt length, SymInt samples, SymInt horizon"
-_OPTIONS = "float scale, float? softcap, SymInt? window, str impl"
+_SCORING = "float scale, float? softcap, SymInt? window"
+_OPTIONS = f"{_SCORING}, bool full, str impl"
 
 
 @torch.library.custom_op(
@@ -223,7 +230,8 @@ _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 @torch.library.custom_op(
     "ebft_kernels::strided_attention_step",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? sinks, {_GEOMETRY}, SymInt step, {_OPTIONS}) -> Tensor",
+    schema=f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? sinks, {_GEOMETRY}, SymInt step, {_SCORING}, str impl)"
+    " -> Tensor",
 )
 def _step_op(q, k_cache, v_cache, sinks, prefix_start, prefix_end, own_start, *rest):
     """Output [B, H, A*n, Dv] over [B, A*n, H, Dv] memory."""

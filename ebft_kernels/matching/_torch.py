@@ -52,8 +52,16 @@ def forward(
     groups: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss [...], alignment, diversity, reward and advantage [..., n] of rollouts [..., n, F] and targets [..., F]."""
-    n = rollouts.shape[-2]
     gram = _gram(rollouts, targets, groups)
+    dtype = torch.promote_types(rollouts.dtype, torch.float32)
+    return from_gram(gram, whitening, alignment_coef, diversity_coef, estimator, dtype)
+
+
+def from_gram(
+    gram: Tensor, whitening: str, alignment_coef: float, diversity_coef: float, estimator: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of :func:`forward` in ``dtype`` from the inner products [..., groups, n+1, n+1], the target last."""
+    n = gram.shape[-1] - 1
     k, v, t = gram[..., :n, :n], gram[..., :n, n], gram[..., n, n]
     loss = k.sum((-3, -2, -1)) / n**2 - 2 / n * v.sum((-2, -1)) + t.sum(-1)
     products, cross, target_norm = _whiten(k, v, t, whitening)
@@ -63,7 +71,6 @@ def forward(
     diversity = others.sum(-1) * (2 / (n - 1) if n > 1 else 0)
     reward = alignment_coef * alignment - diversity_coef * diversity
     advantage = _advantage(alignment, diversity, reward, alignment_coef, diversity_coef, estimator)
-    dtype = torch.promote_types(rollouts.dtype, torch.float32)
     return tuple(z.to(dtype) for z in (loss.clamp_min(0), alignment, diversity, reward, advantage))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from .._checks import FLOATING, check_finite, check_int, check_option, check_tensor
 from .._dispatch import implementation, resolve_impl
+from ..layout import StridedLayout
+from ..pooling import pool_features
+from ..pooling.api import NORMALIZATIONS, POOLINGS, check_hidden_states, feature_rows
 from . import _reference
 
 WHITENINGS = ("none", "sample", "feature")
@@ -147,13 +151,7 @@ def feature_matching(
     per_token = isinstance(rollout_features, Tensor) and rollout_features.ndim == 5
     shapes = ("B A n G F", "B A G F") if per_token else ("B A n F", "B A F")
     _check_features(rollout_features, target_features, valid, *shapes)
-    check_option("whitening", whitening, WHITENINGS)
-    check_option("estimator", estimator, ESTIMATORS)
-    check_finite("alignment_coef", alignment_coef)
-    check_finite("diversity_coef", diversity_coef)
-    check_int("groups", groups, minimum=1)
-    if rollout_features.shape[-1] % groups:
-        raise ValueError(f"groups: expected a divisor of F = {rollout_features.shape[-1]}, got {groups}")
+    _check_options(whitening, alignment_coef, diversity_coef, estimator, groups, rollout_features.shape[-1])
     impl = resolve_impl("feature_matching", impl, rollout_features.device, rollout_features.dtype)
     rollouts = rollout_features.movedim(2, -2)  # [B, A, (G,) n, F]
     coefs = (float(alignment_coef), float(diversity_coef))
@@ -169,6 +167,81 @@ def feature_matching(
         )
     else:
         results = _matching_op(rollouts, target_features, whitening, *coefs, estimator, groups, impl)
+    return _results(results, valid, per_token=per_token)
+
+
+@torch.no_grad()
+def match_hidden_states(
+    hidden_states: Sequence[Tensor],
+    layout: StridedLayout,
+    *,
+    pooling: str = "last_token",
+    normalize: str = "joint",
+    token_mask: Tensor | None = None,
+    whitening: str = "none",
+    alignment_coef: float = 1.0,
+    diversity_coef: float = 1.0,
+    estimator: str = "rloo",
+    groups: int = 1,
+    valid: Tensor | None = None,
+    impl: str = "auto",
+) -> FeatureMatching:
+    """:func:`ebft_kernels.pool_features`, then :func:`feature_matching`, without the features in between. No gradient.
+
+    On a GPU one kernel goes from the hidden states to the rewards and stores no features. It does so for the poolings
+    "last_token", "concat" and "token", ``groups`` of 1 or L, n <= 16, and dtypes below float64. Everything else is the
+    two calls one after the other, as it is for every other ``impl``: "mean" above all, whose tokens would have to be
+    read twice, which moves more memory than its features. The kernel does not round features to float32, so its results
+    differ from those of the two calls by what that rounding does.
+
+    Args:
+        hidden_states: L tensors [B, S, C], the tapped layers; float64, float32, bfloat16 or float16, all alike.
+        layout: the packed rows' layout, on the same device.
+        pooling, normalize, token_mask: as for :func:`ebft_kernels.pool_features`.
+        whitening, alignment_coef, diversity_coef, estimator, groups: as for :func:`feature_matching`.
+        valid: [B, A] bool; every result is 0 for the other anchors. None: all are valid.
+        impl: as for :func:`ebft_kernels.pool_features`.
+
+    Returns:
+        :class:`FeatureMatching`, float32 (float64 for float64 hidden states).
+
+    Raises:
+        ValueError: a shape, device or option that does not fit, F not divisible by ``groups``.
+        TypeError: another type or dtype.
+    """
+    hidden_states = check_hidden_states(hidden_states, layout, token_mask)
+    check_option("pooling", pooling, POOLINGS)
+    check_option("normalize", normalize, NORMALIZATIONS)
+    first, layers = hidden_states[0], len(hidden_states)
+    width = layers * first.shape[-1] * (layout.horizon if pooling == "concat" else 1)
+    if width == 0:
+        raise ValueError(f"hidden_states: expected at least one channel, got shape {list(first.shape)}")
+    _check_options(whitening, alignment_coef, diversity_coef, estimator, groups, width)
+    if valid is not None:
+        sizes = {"B": layout.batch_size, "A": layout.num_anchors}
+        check_tensor("valid", valid, "B A", sizes, dtype=torch.bool, device=layout.device)
+    resolved = resolve_impl("pool_features", impl, first.device, first.dtype)
+    coefs = (float(alignment_coef), float(diversity_coef))
+    if resolved != "triton" or pooling == "mean" or groups not in (1, layers) or layout.samples > 16:
+        features = pool_features(
+            hidden_states, layout, pooling=pooling, normalize=normalize, token_mask=token_mask, impl=impl
+        )
+        return feature_matching(
+            *features,
+            whitening=whitening,
+            alignment_coef=coefs[0],
+            diversity_coef=coefs[1],
+            estimator=estimator,
+            groups=groups,
+            valid=valid,
+            impl=impl,
+        )
+    rows = feature_rows(layout, token_mask, last_only=pooling == "last_token")
+    results = _hidden_op(hidden_states, *rows, pooling, normalize, whitening, *coefs, estimator, groups)
+    return _results(results, valid, per_token=pooling == "token")
+
+
+def _results(results: Sequence[Tensor], valid: Tensor | None, *, per_token: bool) -> FeatureMatching:
     loss, *others = results
     if per_token:
         others = [x.movedim(-1, 2) for x in others]  # [B, A, n, G]
@@ -176,6 +249,18 @@ def feature_matching(
     if valid is not None:
         results = [x.where(valid.view(*valid.shape, *(1,) * (x.ndim - 2)), 0) for x in results]
     return FeatureMatching(*results)
+
+
+def _check_options(
+    whitening: str, alignment_coef: float, diversity_coef: float, estimator: str, groups: int, features: int
+) -> None:
+    check_option("whitening", whitening, WHITENINGS)
+    check_option("estimator", estimator, ESTIMATORS)
+    check_finite("alignment_coef", alignment_coef)
+    check_finite("diversity_coef", diversity_coef)
+    check_int("groups", groups, minimum=1)
+    if features % groups:
+        raise ValueError(f"groups: expected a divisor of F = {features}, got {groups}")
 
 
 def _check_features(rollouts: Tensor, targets: Tensor, valid: Tensor | None, *shapes: str) -> None:
@@ -254,3 +339,24 @@ def _(rollouts, targets, *_options):
     dtype = torch.promote_types(rollouts.dtype, torch.float32)
     loss = targets.new_empty(targets.shape[:-1], dtype=dtype)
     return loss, *(rollouts.new_empty(rollouts.shape[:-1], dtype=dtype) for _ in range(4))
+
+
+@torch.library.custom_op(
+    "ebft_kernels::match_hidden_states",
+    mutates_args=(),
+    schema="(Tensor[] hidden_states, Tensor rollout_rows, Tensor target_rows, Tensor? weight, str pooling, "
+    "str normalize, str whitening, float alignment_coef, float diversity_coef, str estimator, SymInt groups) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _hidden_op(*arguments):
+    """Loss, alignment, diversity, reward, advantage; see ``_triton_hidden.forward`` for the arguments."""
+    from ._triton_hidden import forward
+
+    return forward(*arguments)
+
+
+@_hidden_op.register_fake
+def _(hidden_states, rollout_rows, target_rows, _weight, pooling, *_options):
+    leading = target_rows.shape if pooling == "token" else target_rows.shape[:2]
+    loss = hidden_states[0].new_empty(leading, dtype=torch.float32)
+    return loss, *(loss.new_empty(*leading, rollout_rows.shape[2]) for _ in range(4))

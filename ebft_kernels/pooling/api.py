@@ -56,7 +56,7 @@ def pool_features(
         ValueError: no hidden states, a shape, device or option that does not fit.
         TypeError: another type or dtype.
     """
-    hidden_states = _check_inputs(hidden_states, layout, token_mask)
+    hidden_states = check_hidden_states(hidden_states, layout, token_mask)
     check_option("pooling", pooling, POOLINGS)
     check_option("normalize", normalize, NORMALIZATIONS)
     impl = resolve_impl("pool_features", impl, hidden_states[0].device, hidden_states[0].dtype)
@@ -64,11 +64,12 @@ def pool_features(
         return _reference.pool_features(
             hidden_states, layout, pooling=pooling, normalize=normalize, token_mask=token_mask
         )
-    rollout_rows, target_rows, weight = _rows(layout, token_mask, last_only=pooling == "last_token")
+    rollout_rows, target_rows, weight = feature_rows(layout, token_mask, last_only=pooling == "last_token")
     return _forward_op(hidden_states, rollout_rows, target_rows, weight, pooling, normalize, impl)
 
 
-def _check_inputs(hidden_states: object, layout: object, token_mask: Tensor | None) -> list[Tensor]:
+def check_hidden_states(hidden_states: object, layout: object, token_mask: Tensor | None) -> list[Tensor]:
+    """The checked arguments of :func:`pool_features` and of what else starts from hidden states."""
     if not isinstance(layout, StridedLayout):
         raise TypeError(f"layout: expected a StridedLayout, got {type(layout).__name__}")
     if layout.horizon < 1:
@@ -87,7 +88,9 @@ def _check_inputs(hidden_states: object, layout: object, token_mask: Tensor | No
     return hidden_states
 
 
-def _rows(layout: StridedLayout, token_mask: Tensor | None, *, last_only: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def feature_rows(
+    layout: StridedLayout, token_mask: Tensor | None, *, last_only: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The packed rows that make up each feature, [B, A, n, K] and [B, A, K], and which of them count, [B, A, K]."""
     index = torch.arange(layout.packed_length, device=layout.device).expand(layout.batch_size, -1)
     rollouts, targets = layout.rollouts(index), layout.windows(index)

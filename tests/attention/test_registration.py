@@ -27,19 +27,21 @@ def geometry(layout: StridedLayout) -> tuple[object, ...]:
     return *layout.key_ranges, layout.length, layout.samples, layout.horizon
 
 
-@pytest.mark.parametrize(("softcap", "window", "with_sinks"), [(None, None, True), (2.0, 5, False)])
-def test_opcheck(softcap, window, with_sinks):
+@pytest.mark.parametrize(
+    ("softcap", "window", "full", "with_sinks"), [(None, None, True, True), (2.0, 5, False, False)]
+)
+def test_opcheck(softcap, window, full, with_sinks):
     layout = LAYOUTS["odd"]()
     q, k, v, sinks = leaves(layout, dtype=torch.bfloat16)
     sinks = sinks if with_sinks else None
-    options = (0.25, softcap, window, "torch")
+    options = (0.25, softcap, window, full, "torch")
     torch.library.opcheck(api._forward_op, (q, k, v, sinks, *geometry(layout), *options))
     with torch.no_grad():
         out, lse = api._forward_op(q, k, v, sinks, *geometry(layout), *options)
         detached = [x.detach() for x in (q, k, v)]
         torch.library.opcheck(api._backward_op, (out, *detached, out, lse, *geometry(layout), *options))
         rows = layout.step_rows(detached[0].transpose(1, 2), 1).transpose(1, 2)
-        torch.library.opcheck(api._step_op, (rows, *detached[1:], None, *geometry(layout), 1, *options))
+        torch.library.opcheck(api._step_op, (rows, *detached[1:], None, *geometry(layout), 1, *options[:3], "torch"))
 
 
 def test_compiles_without_breaks_and_without_recompiling_for_sizes():
@@ -112,7 +114,7 @@ def test_no_upstream_gradient_gives_none():
     out = strided_attention(*tensors[:3], layout, sinks=tensors[3])
     Severed.apply(out).sum().backward()
     assert all(x.grad is None for x in tensors)
-    _, lse = api._forward_op(*tensors, *geometry(layout), 0.25, None, None, "torch")
+    _, lse = api._forward_op(*tensors, *geometry(layout), 0.25, None, None, False, "torch")
     assert not lse.requires_grad
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
 
 import pytest
 import torch
@@ -18,11 +17,11 @@ from ebft_kernels.testing import (
     LAYOUTS,
     assert_within_budget,
     attention_inputs,
-    eager_attention,
     randn,
 )
 
 from ..op_checks import results_and_gradients
+from .checks import assert_as_exact_as_eager, assert_variant_within_budget, attend, attend_inputs, yardsticks
 
 IMPLS = ("reference", "torch")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,6 +37,8 @@ VARIANTS = {
     "wide values": {"value_dim": 24},
     "narrow values": {"value_dim": 8, "window": 9, "sinks": True, "softcap": 3.0},
     "scale": {"scale": 0.4, "sinks": True},
+    "full": {"block": "full", "sinks": True},
+    "full in a window": {"block": "full", "window": 3},
 }
 
 
@@ -54,52 +55,6 @@ def tiling(request, monkeypatch):
     if request.param == "unfused":
         monkeypatch.setattr(_torch, "_FUSED", None)
         monkeypatch.setattr(_torch, "_MAX_SCORES", 4000)
-
-
-def attend_inputs(layout: StridedLayout, variant: str, dtype: torch.dtype, **sizes: int) -> tuple[list[Tensor], dict]:
-    """q, k, v and, where the variant has them, sinks, all of which require a gradient; and the remaining options."""
-    options = dict(VARIANTS[variant])
-    sizes |= {name: options.pop(name) for name in ("kv_heads", "value_dim") if name in options}
-    tensors = list(attention_inputs(layout, dtype=dtype, **sizes))
-    if options.pop("sinks", False):
-        tensors.append(randn(tensors[0].shape[1], seed=3, dtype=dtype))
-    return [x.requires_grad_() for x in tensors], options
-
-
-def attend(tensors: list[Tensor], layout: StridedLayout, **options: object) -> Tensor:
-    q, k, v, *sinks = tensors
-    return strided_attention(q, k, v, layout, sinks=sinks[0] if sinks else None, **options)
-
-
-def yardsticks(
-    tensors: list[Tensor],
-    layout: StridedLayout,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> list[list[Tensor]]:
-    """Output and gradients of eager PyTorch, written in all ways that there are."""
-    q, k, v, *sinks = tensors
-    inputs = (q, k, v, layout.dense_mask(window))
-    options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
-    results = [
-        results_and_gradients(eager_attention(*inputs, sinks=x, how=how, **options), tensors)
-        for x in (sinks or [None])
-        for how in ("normalize first", "normalize last")
-    ]
-    if softcap is None:  # fused, and without a gradient of the sinks, which PyTorch's fused kernel has not
-        out = eager_attention(*inputs, sinks=sinks[0].detach() if sinks else None, how="fused", **options)
-        results.append([*results_and_gradients(out, tensors[:3]), *results[0][4:]])
-    return results
-
-
-def assert_as_exact_as_eager(actual: Tensor, eager: list[Tensor], truth: Tensor, name: str) -> None:
-    """Within the budget of the eager way that is furthest from the truth; half of its digits at least are right."""
-    half = torch.finfo(actual.dtype).eps ** 0.5 * max(1.0, float(truth.abs().max())) if truth.numel() else 0.0
-    assert all(((x - truth).abs() <= half).all() for x in eager), name
-    worst = max(eager, key=lambda x: float((x.double() - truth).abs().max())) if truth.numel() else truth
-    assert_within_budget(actual, worst, truth, name)
 
 
 def rollout_alone(q: Tensor, k: Tensor, v: Tensor, layout: StridedLayout, row: int, rollout: int) -> Tensor:
@@ -132,31 +87,6 @@ def test_equals_every_rollout_run_alone(name, impl):
     assert_within_budget(actual, single, double)
 
 
-def assert_variant_within_budget(
-    variant: str, dtype: torch.dtype, impl: str, names: Iterable[str], **sizes: int
-) -> None:
-    """Output and all gradients, of all layouts together: the largest error of one small tensor is a matter of luck."""
-    results: dict[str, list[list[Tensor]]] = {}
-    for name in names:
-        layout = LAYOUTS[name]()
-        coarse, options = attend_inputs(layout, variant, min(dtype, torch.float32, key=lambda x: x.itemsize), **sizes)
-        tensors = [x.detach().to(dtype).requires_grad_() for x in coarse]
-        exact = [x.detach().double().requires_grad_() for x in coarse]
-        actual = results_and_gradients(attend(tensors, layout, impl=impl, **options), tensors)
-        assert all(x.dtype == dtype for x in actual)
-        truth = results_and_gradients(attend(exact, layout, impl="reference", **options), exact)
-        # For float64, whose truth is no more exact than itself, the error of eager float32 stands for that of float64.
-        finer = 1.5 * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps if dtype == torch.float64 else 1
-        ways = yardsticks(coarse, layout, **options)
-        eager = [[y + finer * (x - y) for x, y in zip(way, truth, strict=True)] for way in ways]
-        runs = [actual, truth, *eager]
-        for of, *one_result in zip(("output", "q", "k", "v", "sinks"), *runs, strict=False):
-            results.setdefault(of, []).append([x.flatten() for x in one_result])
-    for of, rows in results.items():
-        actual, truth, *eager = (torch.cat(column) for column in zip(*rows, strict=True))
-        assert_as_exact_as_eager(actual, eager, truth, f"{variant}, {of}")
-
-
 @pytest.mark.parametrize(
     ("tiling", "dtype"),
     [(tiling, dtype) for tiling in TILINGS for dtype in DTYPES if tiling == "whole" or dtype.itemsize > 2],
@@ -165,24 +95,24 @@ def assert_variant_within_budget(
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.usefixtures("tiling")
 def test_errors_of_output_and_gradients(variant, dtype):
-    assert_variant_within_budget(variant, dtype, "torch", LAYOUTS if dtype == torch.float32 else SOME)
+    assert_variant_within_budget(VARIANTS[variant], dtype, "torch", LAYOUTS if dtype == torch.float32 else SOME)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_errors_of_the_reference(variant, dtype):
-    assert_variant_within_budget(variant, dtype, "reference", SOME)
+    assert_variant_within_budget(VARIANTS[variant], dtype, "reference", SOME)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", (1, 16, 40, 64, 80, 96, 128, 256))
 def test_errors_at_head_dims(head_dim, dtype):
-    assert_variant_within_budget("plain", dtype, "torch", ["odd", "one_sample"], head_dim=head_dim)
+    assert_variant_within_budget({}, dtype, "torch", ["odd", "one_sample"], head_dim=head_dim)
 
 
 def gradcheck(variant: str, impl: str) -> bool:
     layout = StridedLayout.from_anchors(torch.tensor([[2, 5], [3, -1]]), 7, horizon=2, samples=2)
-    tensors, options = attend_inputs(layout, variant, torch.float64, head_dim=3)
+    tensors, options = attend_inputs(layout, VARIANTS[variant], torch.float64, head_dim=3)
     return torch.autograd.gradcheck(lambda *x: attend(list(x), layout, impl=impl, **options), tensors, fast_mode=True)
 
 
@@ -210,7 +140,7 @@ def test_gradcheck_of_the_reference(variant):
     ids=("no rollout tokens", "shorter rollouts", "no prompt", "an anchor at every token"),
 )
 def test_geometries_at_the_limits(layout, impl):
-    tensors, _ = attend_inputs(layout, "plain", torch.float32)
+    tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     actual = results_and_gradients(attend(tensors, layout, impl=impl), tensors)
     truth = results_and_gradients(attend(exact, layout, impl="reference"), exact)
@@ -223,7 +153,7 @@ def test_geometries_at_the_limits(layout, impl):
 def test_a_long_row_and_what_is_kept_of_it(variant, monkeypatch):
     """Many tiles, no S x S tensor, and only q, k, v, the output, its log-sum-exps and the layout kept for backward."""
     layout = StridedLayout.strided(1, 360, context=20, stride=5, horizon=4, samples=3)
-    tensors, options = attend_inputs(layout, variant, torch.float32, heads=2, kv_heads=1)
+    tensors, options = attend_inputs(layout, VARIANTS[variant], torch.float32, heads=2, kv_heads=1)
     options |= {"window": 150} if "window" in options else {}
     kept, largest = [], Largest()
     for name in ("forward", "backward"):
@@ -268,7 +198,7 @@ class Largest(TorchDispatchMode):
 def test_rollouts_do_not_see_each_other(name):
     """Other tokens in one rollout change nothing anywhere else, to the last bit, and get no gradient from elsewhere."""
     layout = LAYOUTS[name]()
-    tensors, _ = attend_inputs(layout, "plain", torch.float32)
+    tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
     before = attend(tensors, layout)
     index = torch.arange(layout.packed_length).expand(layout.batch_size, -1)
     changed = torch.zeros(layout.batch_size, layout.packed_length, dtype=torch.bool)
@@ -285,7 +215,7 @@ def test_rollouts_do_not_see_each_other(name):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_results_repeat_bitwise(variant):
     layout = StridedLayout.strided(2, 150, context=8, stride=8, horizon=8, samples=4)
-    tensors, options = attend_inputs(layout, variant, torch.float32)
+    tensors, options = attend_inputs(layout, VARIANTS[variant], torch.float32)
     first, second = (results_and_gradients(attend(tensors, layout, **options), tensors) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -294,7 +224,7 @@ def test_a_plan_is_made_once_and_dies_with_its_layout(monkeypatch):
     built = []
     monkeypatch.setattr(_plan, "_stripes", lambda *args, real=_plan._stripes: built.append(args) or real(*args))
     layout = LAYOUTS["odd"]()
-    tensors, _ = attend_inputs(layout, "plain", torch.float32)
+    tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
     for _ in range(3):
         results_and_gradients(attend(tensors, layout), tensors)
         results_and_gradients(attend(tensors, layout, window=4), tensors)
@@ -310,7 +240,7 @@ def test_a_plan_is_made_once_and_dies_with_its_layout(monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_casts_queries_keys_and_values(impl):
     layout = LAYOUTS["odd"]()
-    tensors, _ = attend_inputs(layout, "sinks", torch.float32)
+    tensors, _ = attend_inputs(layout, VARIANTS["sinks"], torch.float32)
     mixed = [tensors[0], tensors[1].detach().bfloat16().requires_grad_(), *tensors[2:]]
     low = [*(x.detach().bfloat16().requires_grad_() for x in tensors[:3]), tensors[3]]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -332,7 +262,7 @@ def test_autocast_ends_where_the_implementation_begins(monkeypatch):
             _torch, name, lambda *args, real=real: inside.append(torch.is_autocast_enabled("cpu")) or real(*args)
         )
     layout = LAYOUTS["odd"]()
-    tensors, _ = attend_inputs(layout, "plain", torch.float32)
+    tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attend(tensors, layout).sum().backward()
         rows = layout.step_rows(tensors[0].transpose(1, 2), 0).transpose(1, 2)

@@ -18,7 +18,7 @@ from ebft_kernels import FeatureMatching, StridedLayout, feature_matching, pool_
 from .loader import Case, case_parameters, load_case
 
 POOLINGS = {"last_token": "last_token", "mean_pooling": "mean", "concat": "concat", "token": "token"}
-IMPLS = ("reference", "torch")
+IMPLS = ("reference", "torch", "triton")
 
 
 def tolerance(case: Case, name: str) -> Tensor:

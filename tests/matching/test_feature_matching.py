@@ -388,7 +388,6 @@ BAD = [
     ({"groups": 2.0}, TypeError, "groups: expected an int, got float"),
     ({"groups": 4}, ValueError, "groups: expected a divisor of F = 6, got 4"),
     ({"impl": "fast"}, ValueError, "impl: expected one of"),
-    ({"impl": "native"}, ValueError, "impl: feature_matching has no implementation 'native' on cpu"),
 ]
 
 

@@ -1,0 +1,124 @@
+"""Every op on realistic sizes, as a user calls it: what the tools compile, count and time.
+
+Nothing here looks at the numbers, so the tensors are left uninitialised and cost no memory until somebody reads them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import ebft_kernels
+from ebft_kernels import StridedLayout
+
+from .shapes import MODELS, Geometry, ModelShape
+
+#: What every document assumes: the method's own settings at this prompt length and batch size.
+GEOMETRY = Geometry(batch=8, length=1024)
+#: The models that the documents speak of.
+SHAPES = tuple(MODELS[name] for name in ("Qwen2.5-1.5B", "Llama-3.2-1B", "Llama-3.1-8B"))
+
+
+class Call(NamedTuple):
+    """One op with its inputs.
+
+    Attributes:
+        forward: runs it; gives its outputs.
+        differentiable: whether they have gradients.
+    """
+
+    forward: Callable[[], tuple[Tensor, ...]]
+    differentiable: bool = True
+
+    def run(self) -> None:
+        """Forward and, where there is one, backward."""
+        outputs = self.forward()
+        if self.differentiable:
+            self.backward(outputs)
+
+    def backward(self, outputs: tuple[Tensor, ...]) -> None:
+        """From arbitrary gradients of the outputs."""
+        torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+
+
+def attention(model: ModelShape, rows: StridedLayout, dtype: torch.dtype, **options: object) -> Call:
+    """``strided_attention`` over packed rows."""
+    q, k, v = _heads(model, rows, dtype)
+    return Call(lambda: (ebft_kernels.strided_attention(q, k, v, rows, impl="triton", **options),))
+
+
+def attention_step(model: ModelShape, rows: StridedLayout, dtype: torch.dtype, step: int | None = None) -> Call:
+    """One decoding step, the last one if no other is given."""
+    step = rows.horizon - 1 if step is None else step
+    with torch.no_grad():
+        q, k, v = _heads(model, rows, dtype)
+        q = rows.step_rows(q.transpose(1, 2), step).transpose(1, 2).contiguous()
+    return Call(lambda: (ebft_kernels.strided_attention_step(q, k, v, rows, step, impl="triton"),), False)
+
+
+def pooling(model: ModelShape, rows: StridedLayout, dtype: torch.dtype, mode: str = "last_token") -> Call:
+    """``pool_features`` of the tapped layers."""
+    hidden_states = _hidden_states(model, rows, dtype)
+    return Call(lambda: ebft_kernels.pool_features(hidden_states, rows, pooling=mode, impl="triton"))
+
+
+def loss(model: ModelShape, rows: StridedLayout, unbiased: bool = False) -> Call:
+    """``mean_embedding_loss`` of float32 features."""
+    features = _features(model, rows)
+    options = {"unbiased": unbiased, "reduction": "none", "impl": "triton"}
+    return Call(lambda: (ebft_kernels.mean_embedding_loss(*features, **options),))
+
+
+def matching(model: ModelShape, rows: StridedLayout, whitening: str = "sample") -> Call:
+    """``feature_matching`` of float32 features."""
+    features = _features(model, rows)
+    return Call(lambda: ebft_kernels.feature_matching(*features, whitening=whitening, impl="triton"), False)
+
+
+def hidden_matching(model: ModelShape, rows: StridedLayout, dtype: torch.dtype) -> Call:
+    """``match_hidden_states`` of the tapped layers."""
+    hidden_states = _hidden_states(model, rows, dtype)
+    options = {"whitening": "sample", "impl": "triton"}
+    return Call(lambda: ebft_kernels.match_hidden_states(hidden_states, rows, **options), False)
+
+
+def dense_mask(_model: ModelShape, rows: StridedLayout) -> Call:
+    """The dense mask of a layout, as its method writes it on a GPU."""
+    sizes = {"length": rows.length, "horizon": rows.horizon, "full": False}
+    return Call(lambda: (_layout_kernels().dense_mask(*rows.key_ranges, **sizes),), False)
+
+
+def geometry(_model: ModelShape, rows: StridedLayout) -> Call:
+    """Position ids and key ranges of a layout, as it writes them on a GPU when it is made."""
+    return Call(lambda: _layout_kernels().geometry(rows.anchors, rows.prompt_start, rows.horizon, rows.samples), False)
+
+
+def _layout_kernels() -> ModuleType:
+    """Imported on use: whether kernels are interpreted is decided when they are imported."""
+    return importlib.import_module("ebft_kernels._layout_triton")
+
+
+def _heads(model: ModelShape, rows: StridedLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    size = (rows.packed_length, model.head_dim)
+    return tuple(
+        torch.empty(rows.batch_size, heads, *size, dtype=dtype, requires_grad=True)
+        for heads in (model.heads, model.kv_heads, model.kv_heads)
+    )
+
+
+def _hidden_states(model: ModelShape, rows: StridedLayout, dtype: torch.dtype) -> list[Tensor]:
+    size = (rows.batch_size, rows.packed_length, model.hidden)
+    return [torch.empty(size, dtype=dtype, requires_grad=True) for _ in range(model.tapped)]
+
+
+def _features(model: ModelShape, rows: StridedLayout) -> tuple[Tensor, Tensor]:
+    size = (rows.batch_size, rows.num_anchors)
+    return (
+        torch.empty(*size, rows.samples, model.features, requires_grad=True),
+        torch.empty(*size, model.features, requires_grad=True),
+    )

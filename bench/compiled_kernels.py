@@ -1,0 +1,240 @@
+"""What every Triton kernel becomes on each supported architecture, compiled here without a GPU.
+
+    python -m bench.compiled_kernels [--check] [--arch sm_90] [--workers 2]
+
+Runs the ops themselves with the tiles that they would choose on each architecture, reads the compiled kernels and
+writes docs/compiled-kernels.md. With ``--check`` it writes nothing and fails if the document is not what comes out.
+Either way it fails if a kernel spills registers, needs more shared memory than there is, multiplies 16-bit matrices
+without tensor cores, or does not access memory 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+
+from . import _cases
+from ._binaries import TENSOR_INSTRUCTIONS, WIDE_LOADS, WIDE_STORES, read_binary
+from ._documents import DOCS, drift, table, write
+from ._targets import GPUS, KIB, compiling, programs_in_flight
+
+COMMAND = "python -m bench.compiled_kernels"
+DOCUMENT = DOCS / "compiled-kernels.md"
+
+
+def _calls() -> dict[str, Callable[[], _cases.Call]]:
+    """What is compiled, most expensive first."""
+    small, one = _cases.GEOMETRY._replace(batch=2), _cases.GEOMETRY._replace(batch=1)
+    qwen, llama, _ = _cases.SHAPES
+    wide = qwen._replace(heads=8, kv_heads=4, head_dim=256)
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    attention, step = _cases.attention, _cases.attention_step
+    return {
+        "bf16 D=128": lambda: attention(qwen, small.layout(), bfloat16),
+        "bf16 D=64": lambda: attention(llama, small.layout(), bfloat16),
+        "bf16 D=256": lambda: attention(wide, small.layout(), bfloat16),
+        "fp32 D=64": lambda: attention(llama, small.layout(), float32),
+        "step bf16 D=128 B=8": lambda: step(qwen, _cases.GEOMETRY.layout(), bfloat16),
+        "step bf16 D=128 B=1": lambda: step(qwen, one.layout(), bfloat16),
+        "step bf16 D=64 B=1": lambda: step(llama, one.layout(), bfloat16),
+        "pool bf16 last_token": lambda: _cases.pooling(qwen, small.layout(), bfloat16),
+        "pool bf16 mean": lambda: _cases.pooling(qwen, small.layout(), bfloat16, "mean"),
+        "loss fp32": lambda: _cases.loss(qwen, small.layout()),
+        "loss fp32 unbiased": lambda: _cases.loss(qwen, small.layout(), unbiased=True),
+        "match fp32 sample": lambda: _cases.matching(qwen, small.layout(), "sample"),
+        "match fp32 feature": lambda: _cases.matching(qwen, small.layout(), "feature"),
+        "match fp32 none": lambda: _cases.matching(qwen, small.layout(), "none"),
+        "match fp32 n=16": lambda: _cases.matching(qwen, small._replace(samples=16).layout(), "sample"),
+        "match hidden bf16": lambda: _cases.hidden_matching(qwen, small.layout(), bfloat16),
+        "match hidden bf16 n=16": lambda: _cases.hidden_matching(qwen, small._replace(samples=16).layout(), bfloat16),
+        "mask": lambda: _cases.dense_mask(qwen, small.layout()),
+        "mask, short rows": lambda: _cases.dense_mask(qwen, small._replace(length=64).layout()),
+        "geometry": lambda: _cases.geometry(qwen, small.layout()),
+        "match fp32 n=17": lambda: _cases.matching(qwen, small._replace(samples=17).layout(), "sample"),
+    }
+
+
+#: Kernels whose time goes into matrix products, not into their outputs: how these are stored does not matter.
+COMPUTING = ("strided_attention_",)
+#: Other kernels that need not load, or store, 16 bytes at a time, and why.
+NARROW: dict[tuple[str, str], str] = {
+    ("match_fwd_kernel", "stores"): "a handful of numbers per anchor",
+    ("match_hidden_kernel", "stores"): "a handful of numbers per anchor",
+    ("gram_kernel", "stores"): "one small matrix per anchor",
+    ("dense_mask_kernel", "loads"): "it reads the ranges of one or two rows per tile",
+    ("geometry_kernel", "loads"): "it looks up one anchor and one document per row",
+}
+
+
+class Row(NamedTuple):
+    """One kernel of one case on one architecture."""
+
+    arch: str
+    kernel: str
+    case: str
+    fingerprint: str
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    spilled: int
+    shared: int
+    programs: int
+    instructions: str
+    problems: tuple[str, ...]
+
+
+def main() -> None:
+    """Parse the command line, compile, write or check the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the document instead of writing it")
+    parser.add_argument("--arch", choices=GPUS, help="compile for this one only and print its table")
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile (default: 2)")
+    arguments = parser.parse_args()
+    rows = _compile([arguments.arch] if arguments.arch else list(GPUS), arguments.workers)
+    complaints = [f"{row.arch} {row.kernel} ({row.case}): {problem}" for row in rows for problem in row.problems]
+    if arguments.arch:
+        print(_section(arguments.arch, rows))
+    elif arguments.check:
+        complaints += drift(DOCUMENT, _document(rows), COMMAND)
+    else:
+        write(DOCUMENT, _document(rows))
+    sys.exit("\n".join(complaints) or 0)
+
+
+def _compile(archs: list[str], workers: int) -> list[Row]:
+    """The rows of all architectures in the order of the document, each distinct compiled kernel once."""
+    work = [(arch, case) for case in _calls() for arch in archs]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # whatever a cache holds from before would hide what is compiled now
+        os.environ.pop("TRITON_INTERPRET", None)
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            found = dict(zip(work, pool.map(_compile_case, work), strict=True))
+    rows: dict[tuple[str, str, str], Row] = {}
+    for arch in archs:
+        for case in _calls():
+            for row in found[arch, case]:
+                rows.setdefault((arch, row.kernel, row.fingerprint), row)
+    return list(rows.values())
+
+
+def _compile_case(work: tuple[str, str]) -> list[Row]:
+    arch, case = work
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    call = _calls()[case]()
+    try:
+        with compiling(GPUS[arch]) as launches:
+            call.run()
+    except Exception as error:
+        raise RuntimeError(f"{arch}, {case}: {error}") from error
+    rows = [_row(arch, case, launch) for launch in launches]
+    print(f"{arch} {case}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+def _row(arch: str, case: str, launch) -> Row:
+    gpu, binary, tile = GPUS[arch], read_binary(launch.compiled), launch.tile
+    programs = programs_in_flight(
+        gpu,
+        registers=binary.registers,
+        warps=tile.num_warps,
+        shared=binary.shared,
+        tensor_columns=binary.tensor_columns,
+    )
+    return Row(
+        arch=arch,
+        kernel=launch.kernel,
+        case=case,
+        fingerprint=launch.compiled.hash,
+        tile=" ".join(f"{name}={value}" for name, value in tile.sizes.items()),
+        warps=tile.num_warps,
+        stages=tile.num_stages,
+        registers=binary.registers,
+        spilled=binary.spilled,
+        shared=binary.shared,
+        programs=programs,
+        instructions=", ".join(f"{name} {count}" for name, count in sorted(binary.instructions.items())),
+        problems=tuple(_problems(gpu, launch.kernel, binary)),
+    )
+
+
+def _problems(gpu, kernel: str, binary) -> Iterator[str]:
+    if binary.spilled:
+        yield f"spills {binary.spilled} {'registers' if gpu.is_amd else 'bytes per thread'}"
+    if binary.shared > gpu.shared_limit:
+        yield f"needs {binary.shared} bytes of shared memory, there are {gpu.shared_limit}"
+    if binary.multiplies_16_bit and not binary.has(TENSOR_INSTRUCTIONS):
+        yield "multiplies 16-bit matrices without tensor cores"
+    for access, wanted in (("loads", WIDE_LOADS), ("stores", WIDE_STORES)):
+        exempt = (kernel, access) in NARROW or (access == "stores" and kernel.startswith(COMPUTING))
+        if not exempt and not binary.has(wanted):
+            yield f"has no 16-byte {access}"
+
+
+def _document(rows: list[Row]) -> str:
+    import triton
+
+    limits = [(gpu.arch, gpu.name, f"{gpu.shared_limit // KIB} KiB", gpu.warps, gpu.programs) for gpu in GPUS.values()]
+    return "\n".join(
+        [
+            _INTRODUCTION.format(command=COMMAND, triton=triton.__version__),
+            table(("architecture", "tiles as for", "shared memory per program", "warps", "programs"), limits),
+            _LEGEND,
+            *(_section(arch, [row for row in rows if row.arch == arch]) for arch in GPUS),
+        ]
+    )
+
+
+def _section(arch: str, rows: list[Row]) -> str:
+    header = ("kernel", "case", "tile", "warps / stages", "registers", "spills", "shared", "programs", "instructions")
+    cells = [
+        (
+            f"`{row.kernel}`",
+            row.case,
+            row.tile,
+            f"{row.warps} / {row.stages}",
+            row.registers,
+            row.spilled,
+            row.shared,
+            row.programs,
+            row.instructions,
+        )
+        for row in rows
+    ]
+    return f"## {arch}\n\n" + table(header, cells)
+
+
+_INTRODUCTION = """\
+# Compiled kernels
+
+Written by `{command}` with Triton {triton}; a test fails when it is not what the code gives. The ops were called as a
+user calls them, each kernel was compiled with the tile that is chosen on the architecture, and nothing was run: there
+are no times here.
+"""
+
+_LEGEND = """\
+* **registers**: per thread; on gfx942 vector registers per lane, of both kinds.
+* **spills**: bytes per thread (gfx942: registers) that went to memory for want of registers. Must be 0.
+* **shared**: bytes of shared memory per program. Must be within the architecture's limit above.
+* **programs**: how many one processor keeps in flight, the least of what these allow (all rounded down):
+  NVIDIA: 4 * (16384 / (32 * registers, up to a multiple of 256)) / warps; the processor's warps / warps; its shared
+  memory / (shared + 1 KiB, up to a multiple of 128); 512 / columns of tensor memory; its programs.
+  gfx942: 4 * min(8, 512 / (registers, up to a multiple of 8)) / warps; 64 KiB / shared; its programs.
+* **instructions**: how often they stand in the code (loops count once). HMMA, HGMMA, UTCHMMA and MFMA are the matrix
+  units' instructions and must be there wherever 16-bit matrices are multiplied. LDG is a load from global memory,
+  LDGSTS one that goes straight to shared memory, STG a store; 128 means 16 bytes per thread.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""What each Triton kernel must do, what it does, and how long a GPU needs for that at the least. Nothing is measured.
+
+    python -m bench.performance_model [--check]
+
+Writes docs/performance-model.md; with ``--check`` fails if the document is not what the code gives. Operations of the
+attention kernels are counted exactly from the layout and the tiles that the kernels would get; bytes of the
+memory-bound kernels are counted while Triton's interpreter runs them on shorter prompts, and scaled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+
+from ._attention_cost import ATTENTION_GOAL, KernelCost, attention_costs, mask_costs
+from ._cases import GEOMETRY, SHAPES
+from ._datasheets import ACCELERATORS
+from ._documents import DOCS, drift, table, write
+from ._memory_cost import MEMORY_GOAL, memory_costs
+from ._targets import GPUS
+from .shapes import ModelShape
+
+COMMAND = "python -m bench.performance_model"
+DOCUMENT = DOCS / "performance-model.md"
+
+
+def main() -> None:
+    """Parse the command line, count, write or check the document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the document instead of writing it")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") != "1":  # Triton looks at it once, when it is imported
+        command = [sys.executable, "-m", "bench.performance_model", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
+    text = document()
+    if arguments.check:
+        sys.exit("\n".join(drift(DOCUMENT, text, COMMAND)) or 0)
+    write(DOCUMENT, text)
+
+
+def document() -> str:
+    """The whole document."""
+    introduction = _INTRODUCTION.format(
+        command=COMMAND, setting=GEOMETRY, attention_goal=ATTENTION_GOAL, memory_goal=MEMORY_GOAL
+    )
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        return "\n".join([introduction, _datasheets(), *pool.map(_model, SHAPES)])
+
+
+def _datasheets() -> str:
+    rows = [
+        (x.name, x.arch, f"{x.bf16 / 1e12:.0f}", f"{x.fp64 / 1e12:.1f}", f"{x.bandwidth / 1e12:.2f}")
+        for x in ACCELERATORS
+    ]
+    return table(("product", "kernels of", "bf16 TFLOP/s", "float64 TFLOP/s", "TB/s"), rows)
+
+
+def _model(model: ModelShape) -> str:
+    torch.set_num_threads(1)
+    rows = GEOMETRY.layout()
+    by_arch = {arch: attention_costs(model, rows, gpu) for arch, gpu in GPUS.items()}
+    sizes = f"hidden {model.hidden}, {model.layers} layers, {model.heads}/{model.kv_heads} heads of {model.head_dim}"
+    return "\n".join(
+        [
+            f"## {model.name} ({sizes})\n",
+            "### Attention kernels, one layer: what is needed, and the least time for it in microseconds\n",
+            _needed(by_arch["sm_90"]),
+            "### Operations done over operations needed, by architecture\n",
+            _ratios(by_arch),
+            "### Scores of the forward pass by other means\n",
+            _masks(model),
+            "### Memory-bound passes: bytes needed and moved, and the least time in microseconds\n",
+            _memory(model),
+        ]
+    )
+
+
+def _floor(**work: float) -> list[str]:
+    return [f"{x.microseconds(**work):.1f}" for x in ACCELERATORS]
+
+
+def _needed(costs: list[KernelCost]) -> str:
+    rows = [
+        (
+            f"`{cost.name}`",
+            f"{cost.operations / 1e9:.1f}",
+            f"{cost.moved / 1e6:.1f}",
+            f"{cost.loaded / 1e6:.0f}",
+            *_floor(operations=cost.operations, moved=cost.moved),
+        )
+        for cost in costs
+    ]
+    return table(("kernel", "GFLOP", "MB", "MB to and from caches", *(x.name for x in ACCELERATORS)), rows)
+
+
+def _ratios(by_arch: dict[str, list[KernelCost]]) -> str:
+    names = [cost.name for cost in by_arch["sm_90"]]
+    rows = [
+        (f"`{name}`", *(f"{costs[i].done / costs[i].operations:.3f}" for costs in by_arch.values()))
+        for i, name in enumerate(names)
+    ]
+    # Of the five products of a backward pass the two kernels do two twice, so as not to keep the scores.
+    whole = [(costs[1].done + costs[2].done) / (costs[1].operations / 3 * 5) for costs in by_arch.values()]
+    return table(("kernel", *by_arch), [*rows, ("both backward kernels", *(f"{x:.3f}" for x in whole))])
+
+
+def _masks(model: ModelShape) -> str:
+    costs = mask_costs(GEOMETRY)
+    operations = [4 * model.head_dim * model.heads * GEOMETRY.batch * cost.pairs for cost in costs]
+    rows = [
+        (cost.how, cost.rows, f"{work / 1e9:.1f}", f"{cost.pairs / costs[0].pairs:.2f}", *_floor(operations=work))
+        for cost, work in zip(costs, operations, strict=True)
+    ]
+    return table(("how", "rows", "GFLOP", "times the needed", *(x.name for x in ACCELERATORS)), rows)
+
+
+def _memory(model: ModelShape) -> str:
+    rows = [
+        (
+            cost.name,
+            ", ".join(f"`{kernel}`" for kernel in cost.kernels),
+            f"{cost.needed / 1e6:.1f}",
+            f"{cost.moved / 1e6:.1f}",
+            f"{cost.moved / cost.needed:.3f}",
+            *_floor(moved=cost.needed, double_operations=cost.double_operations),
+        )
+        for cost in memory_costs(model, GEOMETRY)
+    ]
+    return table(("pass", "kernels", "MB needed", "MB moved", "ratio", *(x.name for x in ACCELERATORS)), rows)
+
+
+_INTRODUCTION = """\
+# Performance model
+
+Computed, not measured. Written by `{command}` on a machine without a GPU; a test fails when it
+is not what the code gives. Nothing here is a claim about how fast a kernel runs. It says what its task needs at the
+least, how much more than that the kernel does, and how long a data sheet's rates allow the needed part to take.
+
+Everything is for one layer at {setting}, bfloat16 (features float32), the prompt of every row full.
+
+* **GFLOP**: of the matrix products, two per multiply-add, over the (query, key) pairs that may attend: two products per
+  pair in the forward pass and in a decoding step (the last one of a rollout is shown), three for dQ, four for dK, dV.
+* **MB**: inputs and outputs, each once. **MB to and from caches**: what the programs of the kernel ask for, on sm_90.
+* **Operations done**: over the pairs that the tiles cover, which are counted exactly from the layout and the tile that
+  the architecture gets. Goal for the forward kernel: at most {attention_goal}.
+* **MB moved**: what the kernels load and store, each time they do, counted while Triton's interpreter runs them on
+  short prompts, where it grows by the same number of bytes per prompt token. What a cache answers counts too. Goal: at
+  most {memory_goal} of the needed. The backward pass of a mean misses it: the gradient of a feature is read by each of
+  the G rows that the mean was taken over, whose programs are neighbours, so that a cache answers all but the first. So
+  do position ids and key ranges, for which each row looks up its anchor and its document.
+* **Least time**: the larger of operations / rate and needed bytes / bandwidth, for dense products without sparsity.
+  Softmax, launches and everything else that is neither are taken to be free.
+* **By other means**: the method's published code repeats the prompt for each sample and orders rollout tokens by (step,
+  anchor); FlexAttention computes every 128 x 128 block that holds a pair, a dense mask every pair.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+// What is done with the rows of one anchor, once for each instruction set and element type.
+#pragma once
+
+#include "../core/mean_embedding.h"
+
+#include <cstdint>
+
+namespace ebft::cpu {
+
+// The codes by which Python names element types, and their order in `kernels_for`.
+enum class Dtype : int { float64, float32, bfloat16, float16 };
+
+inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+// What sums of such elements are kept in between ops: float64 for float64, else float32.
+inline Dtype sum_dtype(Dtype dtype) { return dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32; }
+
+enum class Isa : int { baseline, avx2, avx512 };
+
+// How to run: results depend on `isa` (through the order of sums), not on `threads`.
+struct Execution {
+  Isa isa;
+  int threads;
+};
+
+// Rows are `features` contiguous elements long and need no alignment. Sums are float64, in an order that depends on
+// the instruction set and the number of features alone.
+struct Kernels {
+  // For matching. gram [count,count] = inner products of all rows with each other.
+  void (*gram)(const void* const* rows, int count, int64_t features, double* gram);
+
+  // Writes mean_j rows_j - target to `difference` [features], in float32 (float64 for float64 rows); returns its square.
+  // *spread, unless null, becomes sum_j |rows_j - mean|^2.
+  double (*mean_difference)(const void* const* rows, int count, const void* target, int64_t features,
+                            void* difference, double* spread);
+
+  // Writes the gradients of the rollouts [count, features] and of the target [features] in the type of the rows. `rows`
+  // is read only if `gradient.spread` is not 0.
+  void (*mean_embedding_gradients)(const void* const* rows, int count, const void* difference, int64_t features,
+                                   MeanEmbeddingGradient gradient, void* grad_rows, void* grad_target);
+
+  // For pooling.
+  double (*square)(const void* row, int64_t count);
+
+  // out = sum_k scales_k * rows_k, in float32 (float64 for float64 rows).
+  void (*weighted_sum)(const void* const* rows, const double* scales, int rows_count, int64_t count, void* out);
+
+  // |row|^2 and <row, g> for g = sum_k scales_k * grads_k, the gradients in float32 (float64 for float64 rows).
+  void (*products)(const void* row, const void* const* grads, const double* scales, int grads_count, int64_t count,
+                   double* square, double* along);
+
+  // out = token * row + grad * sum_k scales_k * grads_k, in the type of the row.
+  void (*gradient)(const void* row, double token, double grad, const void* const* grads, const double* scales,
+                   int grads_count, int64_t count, void* out);
+};
+
+// The instruction sets that this machine can run, the best last.
+int isa_count();
+const char* isa_name(Isa isa);
+const Kernels& kernels_for(Isa isa, Dtype dtype);
+
+}  // namespace ebft::cpu

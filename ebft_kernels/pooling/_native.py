@@ -1,0 +1,88 @@
+"""Pooling by the compiled module: rows are read where they lie, and every row of a gradient is written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _native
+
+_POOLINGS = {"last_token": 0, "mean": 1, "concat": 2, "token": 3}
+_NORMALIZATIONS = {"joint": 0, "per_layer": 1, "none": 2}
+
+
+def forward(
+    hidden_states: Sequence[Tensor],
+    rollout_rows: Tensor,
+    target_rows: Tensor,
+    weight: Tensor | None,
+    pooling: str,
+    normalize: str,
+) -> tuple[Tensor, Tensor]:
+    """Features [B, A, n, F] and [B, A, F], with a K axis before F for ``"token"``.
+
+    Args:
+        hidden_states: L tensors [B, S, C].
+        rollout_rows: [B, A, n, K] int64, the packed rows whose tokens make up each feature.
+        target_rows: [B, A, K] int64.
+        weight: [B, A, K] bool, which of these tokens count; None: all.
+        pooling: "last_token" (K = 1), "mean", "concat" or "token".
+        normalize: "joint", "per_layer" or "none".
+    """
+    hidden = [_native.rows(x) for x in hidden_states]
+    steps, width = rollout_rows.shape[-1], len(hidden) * hidden[0].shape[-1]
+    shape = (steps, width) if pooling == "token" else (steps * width if pooling == "concat" else width,)
+    dtype = torch.promote_types(hidden[0].dtype, torch.float32)
+    rollouts, targets = (hidden[0].new_empty(*x.shape[:-1], *shape, dtype=dtype) for x in (rollout_rows, target_rows))
+    index = [x if x is None else x.contiguous() for x in (rollout_rows, target_rows, weight)]
+    _native.library().pool_features(
+        *_native.execution(),
+        *_inputs(hidden, index, pooling, normalize),
+        rollouts.data_ptr(),
+        targets.data_ptr(),
+    )
+    return rollouts, targets
+
+
+def backward(
+    grad_rollouts: Tensor,
+    grad_targets: Tensor,
+    hidden_states: Sequence[Tensor],
+    rollout_rows: Tensor,
+    target_rows: Tensor,
+    weight: Tensor | None,
+    pooling: str,
+    normalize: str,
+) -> list[Tensor]:
+    """Gradients of the hidden states, from those of the two results of :func:`forward`."""
+    hidden = [_native.rows(x) for x in hidden_states]
+    dtype = torch.promote_types(hidden[0].dtype, torch.float32)
+    grad_rollouts, grad_targets = (x.to(dtype).contiguous() for x in (grad_rollouts, grad_targets))
+    grads = [x.new_empty(x.shape) for x in hidden]
+    index = [x if x is None else x.contiguous() for x in (rollout_rows, target_rows, weight)]
+    _native.library().pool_features_backward(
+        *_native.execution(),
+        *_inputs(hidden, index, pooling, normalize),
+        grad_rollouts.data_ptr(),
+        grad_targets.data_ptr(),
+        [_layer(x) for x in grads],
+    )
+    return grads
+
+
+def _layer(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), *_native.byte_strides(x, 2)
+
+
+def _inputs(hidden: list[Tensor], index: list[Tensor | None], pooling: str, normalize: str) -> tuple:
+    """dtype, sizes (B, S, C, A, n, K), layers, indices and options, as the kernels take them."""
+    return (
+        _native.DTYPES[hidden[0].dtype],
+        (*hidden[0].shape, *index[0].shape[1:]),
+        [_layer(x) for x in hidden],
+        *(0 if x is None else x.data_ptr() for x in index),
+        _POOLINGS[pooling],
+        _NORMALIZATIONS[normalize],
+    )

@@ -1,0 +1,221 @@
+// Runs the kernels on buffers that end where their data ends, compiled with AddressSanitizer and UBSan: every dtype,
+// instruction set and width, at addresses that are aligned to elements only. Compares with plain loops on the way.
+
+#include "../../csrc/core/half.h"
+#include "../../csrc/cpu/matching.h"
+#include "../../csrc/cpu/pooling.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+using namespace ebft;
+
+namespace {
+
+void check(bool condition, const char* what) {
+  if (condition) return;
+  std::printf("failed: %s\n", what);
+  std::exit(1);
+}
+
+double random_number() {
+  static uint64_t state = 1;
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return double(state >> 11) * 0x1p-53 - 0.5;
+}
+
+template <class T>
+T from_double(double x) {
+  return T(x);
+}
+template <>
+BFloat16 from_double(double x) { return to_bfloat16(float(x)); }
+template <>
+Float16 from_double(double x) { return to_float16(float(x)); }
+
+double to_double(double x) { return x; }
+double to_double(float x) { return x; }
+double to_double(BFloat16 x) { return to_float(x); }
+double to_double(Float16 x) { return to_float(x); }
+
+// `count` elements that start one element after an aligned address and end where the memory ends.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : memory_(new T[count + 1]()), count_(count) {}
+  T* data() { return memory_.get() + 1; }
+  T& operator[](int64_t i) { return data()[i]; }
+  void fill_randomly() {
+    for (int64_t i = 0; i < count_; ++i) data()[i] = from_double<T>(random_number());
+  }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  int64_t count_;
+};
+
+template <class T, class Result>
+void run(cpu::Isa isa, cpu::Dtype dtype, int n, int64_t width, int groups) {
+  const int64_t anchors = 3, row = sizeof(T) * width, tolerance_terms = width + n;
+  const double tolerance = 64 * tolerance_terms * (sizeof(Result) == 8 ? 0x1p-52 : 0x1p-23);
+  Buffer<T> x(anchors * n * width), y(anchors * width);
+  x.fill_randomly();
+  y.fill_randomly();
+  const cpu::Features features = {
+      dtype, {1, anchors}, n, width, {x.data(), {0, n * row, row}}, {y.data(), {0, row}}};
+
+  Buffer<Result> loss(anchors), results[4] = {Buffer<Result>(anchors * n), Buffer<Result>(anchors * n),
+                                              Buffer<Result>(anchors * n), Buffer<Result>(anchors * n)};
+  for (const Whitening whitening : {Whitening::none, Whitening::sample, Whitening::feature}) {
+    const MatchingOptions options = {whitening, Estimator::rloo, 1.0, 1.0};
+    cpu::feature_matching({isa, 2}, features, groups, options,
+                          {loss.data(), results[0].data(), results[1].data(), results[2].data(), results[3].data()});
+  }
+  Buffer<Result> embedding(anchors), difference(anchors * width), grad(anchors);
+  Buffer<T> grad_x(anchors * n * width), grad_y(anchors * width);
+  grad.fill_randomly();
+  for (const bool unbiased : {true, false}) {
+    if (unbiased && n == 1) continue;
+    cpu::mean_embedding_forward({isa, 2}, features, unbiased, embedding.data(), difference.data());
+    cpu::mean_embedding_backward({isa, 2}, features, unbiased, grad.data(), difference.data(), grad_x.data(),
+                                 grad_y.data());
+  }
+  for (int64_t a = 0; a < anchors; ++a) {
+    double square = 0;
+    for (int64_t f = 0; f < width; ++f) {
+      double mean = 0;
+      for (int j = 0; j < n; ++j) mean += to_double(x[(a * n + j) * width + f]) / n;
+      const double d = mean - to_double(y[a * width + f]);
+      square += d * d;
+      check(std::fabs(difference[a * width + f] - d) <= tolerance, "the difference of the means");
+      const double expected = to_double(from_double<T>(-2 * double(grad[a]) * difference[a * width + f]));
+      check(std::fabs(to_double(grad_y[a * width + f]) - expected) <= 0x1p-7 * std::fabs(expected) + 1e-6,
+            "the gradient of the target");
+    }
+    check(std::fabs(loss[a] - square) <= tolerance, "the loss of feature matching");
+    check(std::fabs(embedding[a] - square) <= tolerance, "the mean-embedding loss");
+  }
+}
+
+// Two layers of 2 packed rows of 5 tokens; 2 anchors, 2 rollouts, 2 steps; tokens that do not count, and rows used twice.
+template <class T, class Result>
+void run_pooling(cpu::Isa isa, cpu::Dtype dtype, int64_t channels) {
+  const int64_t batch = 2, packed = 5, anchors = 2, samples = 2, steps = 2, depth = 2;
+  const int64_t row = sizeof(T) * channels;
+  Buffer<T> hidden[] = {Buffer<T>(batch * packed * channels), Buffer<T>(batch * packed * channels)};
+  Buffer<T> grads[] = {Buffer<T>(batch * packed * channels), Buffer<T>(batch * packed * channels)};
+  std::vector<cpu::Layer> layers, grad_layers;
+  for (int l = 0; l < depth; ++l) {
+    hidden[l].fill_randomly();
+    layers.push_back({hidden[l].data(), packed * row, row});
+    grad_layers.push_back({grads[l].data(), packed * row, row});
+  }
+  Buffer<int64_t> rollout_rows(batch * anchors * samples * steps), target_rows(batch * anchors * steps);
+  const std::unique_ptr<bool[]> counted(new bool[batch * anchors * steps]);
+  for (int64_t i = 0; i < batch * anchors * samples * steps; ++i) rollout_rows[i] = i * 3 % packed;
+  for (int64_t i = 0; i < batch * anchors * steps; ++i) {
+    target_rows[i] = i * 2 % packed;
+    counted[i] = i % 3 != 0;
+  }
+  for (const Pooling pooling : {Pooling::last_token, Pooling::concat, Pooling::token, Pooling::mean}) {
+    for (const Normalization normalization : {Normalization::none, Normalization::per_layer, Normalization::joint}) {
+      const int64_t taken = pooling == Pooling::last_token ? 1 : steps;
+      const int64_t width = FeatureLayout(pooling, depth, taken, channels).size;
+      const cpu::Tokens tokens = {batch, packed,       anchors, samples, taken, rollout_rows.data(), target_rows.data(),
+                                  counted.get()};
+      Buffer<Result> rollouts(batch * anchors * samples * width), targets(batch * anchors * width);
+      cpu::pool_features({isa, 2}, dtype, layers, channels, tokens, {pooling, normalization}, rollouts.data(),
+                         targets.data());
+      cpu::pool_features_backward({isa, 2}, dtype, layers, channels, tokens, {pooling, normalization},
+                                  rollouts.data(), targets.data(), grad_layers);
+      if (pooling != Pooling::mean || normalization != Normalization::joint) continue;
+      for (int64_t i = 0; i < batch * anchors; ++i) {
+        for (int64_t f = 0; f < width; ++f) {
+          double expected = 0;
+          for (int64_t k = 0; k < steps; ++k) {
+            const int64_t first = (i / anchors * packed + target_rows[i * steps + k]) * channels;
+            double square = 0;
+            for (int64_t c = 0; c < channels; ++c) {
+              square += std::pow(to_double(hidden[0][first + c]), 2) + std::pow(to_double(hidden[1][first + c]), 2);
+            }
+            const double x = to_double(hidden[f / channels][first + f % channels]);
+            if (counted[i * steps + k]) expected += x / std::sqrt(square) / double(steps);
+          }
+          check(std::fabs(targets[i * width + f] - expected) <= 1e-6, "the mean of normalised tokens");
+        }
+      }
+    }
+  }
+}
+
+void run_all(cpu::Isa isa) {
+  for (const int64_t channels : {1, 3, 8, 17, 70}) {
+    run_pooling<double, double>(isa, cpu::Dtype::float64, channels);
+    run_pooling<float, float>(isa, cpu::Dtype::float32, channels);
+    run_pooling<BFloat16, float>(isa, cpu::Dtype::bfloat16, channels);
+    run_pooling<Float16, float>(isa, cpu::Dtype::float16, channels);
+  }
+  for (const int n : {1, 2, 3, 4, 5, 6, 8, 9, 12}) {
+    for (const int64_t width : {1, 2, 3, 7, 8, 9, 31, 1030}) {
+      for (const int groups : {1, 2}) {
+        if (width % groups || (width > 100 && n != 4 && n != 9)) continue;
+        run<double, double>(isa, cpu::Dtype::float64, n, width, groups);
+        run<float, float>(isa, cpu::Dtype::float32, n, width, groups);
+        run<BFloat16, float>(isa, cpu::Dtype::bfloat16, n, width, groups);
+        run<Float16, float>(isa, cpu::Dtype::float16, n, width, groups);
+      }
+    }
+  }
+}
+
+// Eigenvalues of very different sizes, degenerate ones, and matrices that are diagonal or zero.
+void check_eigen(int n, double ratio) {
+  std::vector<double> root(n * n), a(n * n), vectors(n * n);
+  double largest = 0;
+  for (int i = 0; i < n; ++i) {
+    for (int k = 0; k < n; ++k) root[i * n + k] = random_number() * std::pow(ratio, k);
+  }
+  for (int i = 0; i < n; ++i) {
+    for (int k = 0; k < n; ++k) {
+      for (int f = 0; f < n; ++f) a[i * n + k] += root[i * n + f] * root[k * n + f];
+    }
+    largest = std::fmax(largest, a[i * n + i]);
+  }
+  for (double& x : a) x /= 2 * largest;
+  const std::vector<double> matrix = a;
+  symmetric_eigen(n, a.data(), vectors.data());
+  for (int i = 0; i < n; ++i) {
+    for (int k = 0; k < n; ++k) {
+      double rebuilt = 0, product = 0;
+      for (int e = 0; e < n; ++e) {
+        rebuilt += vectors[e * n + i] * a[e * n + e] * vectors[e * n + k];
+        product += vectors[i * n + e] * vectors[k * n + e];
+      }
+      check(std::fabs(rebuilt - matrix[i * n + k]) <= 100 * n * 0x1p-53, "V^T diag(a) V");
+      check(std::fabs(product - (i == k)) <= 100 * n * 0x1p-53, "V V^T");
+    }
+  }
+}
+
+void check_half() {
+  for (uint32_t bits = 0; bits < 1 << 16; ++bits) {
+    const Float16 half = {uint16_t(bits)};
+    const BFloat16 brain = {uint16_t(bits)};
+    if (to_float(half) == to_float(half)) check(to_float16(to_float(half)).bits == bits, "float16");
+    if (to_float(brain) == to_float(brain)) check(to_bfloat16(to_float(brain)).bits == bits, "bfloat16");
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_half();
+  for (const int n : {1, 2, 3, 4, 8, 16, 17, 40}) {
+    for (const double ratio : {1.0, 0.5, 1e-3, 0.0}) check_eigen(n, ratio);
+  }
+  for (int isa = 0; isa < cpu::isa_count(); ++isa) run_all(cpu::Isa(isa));
+  std::printf("passed\n");
+}

@@ -1,0 +1,164 @@
+"""The kernels compile for every supported architecture as docs/compiled-kernels.md says, and within what it demands."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import _binaries, compiled_kernels
+from bench._targets import GPUS, programs_in_flight
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def kernel_names() -> set[str]:
+    """Every ``@triton.jit`` function of the package that is launched: their names end in "_kernel"."""
+    found = set()
+    for path in (ROOT / "ebft_kernels").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                found |= {node.name for decorator in node.decorator_list if "triton.jit" in ast.unparse(decorator)}
+    return found
+
+
+def test_the_document_is_what_the_kernels_compile_to_and_nothing_is_wrong_with_them():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.compiled_kernels", "--check"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{result.stderr[-6000:]}\nIf this is wanted: {compiled_kernels.COMMAND}"
+
+
+def test_the_document_has_every_kernel_on_every_architecture():
+    sections = re.split(r"^## ", compiled_kernels.DOCUMENT.read_text(encoding="utf-8"), flags=re.M)[1:]
+    assert [section.split("\n", 1)[0] for section in sections] == list(GPUS)
+    for section in sections:
+        assert kernel_names() <= set(re.findall(r"^\| `(\w+)`", section, flags=re.M))
+
+
+def test_the_document_is_of_the_version_that_is_tested():
+    (pinned,) = re.findall(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.M)
+    assert f"with Triton {pinned}." in compiled_kernels.DOCUMENT.read_text(encoding="utf-8")
+
+
+GOOD = _binaries.Binary(
+    registers=100,
+    spilled=0,
+    shared=1000,
+    tensor_columns=0,
+    multiplies_16_bit=True,
+    instructions={"HMMA": 4, "LDG.128": 2, "STG.128": 1, "STG.32 or less": 9},
+)
+
+
+def test_what_is_demanded_of_a_kernel():
+    def problems(arch="sm_86", kernel="some_kernel", **changes):
+        return list(compiled_kernels._problems(GPUS[arch], kernel, GOOD._replace(**changes)))
+
+    assert not problems()
+    assert problems(spilled=8) == ["spills 8 bytes per thread"]
+    assert problems("gfx942", spilled=8) == ["spills 8 registers"]
+    assert not problems(shared=99 << 10)
+    assert problems(shared=(99 << 10) + 1) == ["needs 101377 bytes of shared memory, there are 101376"]
+    wide = {"LDG.128": 2, "STG.128": 1}
+    assert problems(instructions=wide) == ["multiplies 16-bit matrices without tensor cores"]
+    assert not problems(instructions=wide, multiplies_16_bit=False)
+    assert not problems(instructions={"HGMMA": 1, "LDGSTS.128": 1, "STG.128": 1})
+    narrow = {"HMMA": 1, "LDG.64": 3, "STG.64": 3}
+    assert problems(instructions=narrow) == ["has no 16-byte loads", "has no 16-byte stores"]
+
+
+def test_exceptions_name_kernels_that_there_are():
+    assert {kernel for kernel, _ in compiled_kernels.NARROW} <= kernel_names()
+    assert {access for _, access in compiled_kernels.NARROW} <= {"loads", "stores"}
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "warps", "shared", "expected"),
+    [
+        ("sm_80", 32, 4, 0, 16),  # 64 warps
+        ("sm_86", 32, 4, 0, 12),  # 48 warps
+        ("sm_86", 32, 1, 0, 16),  # 16 programs
+        ("sm_80", 128, 4, 0, 4),  # 65536 registers
+        ("sm_80", 129, 4, 0, 3),  # 136 registers per thread are given, 3 warps per scheduler
+        ("sm_80", 255, 8, 0, 1),
+        ("sm_80", 32, 4, 40 << 10, 4),  # 164 KiB / 41 KiB
+        ("sm_90", 32, 4, 227 << 10, 1),
+        ("sm_120", 32, 4, 99 << 10, 1),
+        ("gfx942", 64, 4, 0, 8),
+        ("gfx942", 65, 4, 0, 7),
+        ("gfx942", 256, 4, 0, 2),
+        ("gfx942", 64, 8, 0, 4),
+        ("gfx942", 64, 4, 30 << 10, 2),
+    ],
+)
+def test_programs_in_flight(arch, registers, warps, shared, expected):
+    assert programs_in_flight(GPUS[arch], registers=registers, warps=warps, shared=shared) == expected
+
+
+def test_tensor_memory_limits_programs_in_flight():
+    options = {"registers": 32, "warps": 4, "shared": 0}
+    assert [programs_in_flight(GPUS["sm_100"], **options, tensor_columns=x) for x in (0, 128, 256, 512)] == [
+        16,
+        4,
+        2,
+        1,
+    ]
+
+
+def test_reading_of_nvidia_code():
+    usage = "Function f:\n  REG:78 STACK:16 SHARED:0 LOCAL:8 CONSTANT[0]:400 TEXTURE:0\n"
+    assert _binaries.nvidia_resources(usage) == {"registers": 78, "spilled": 24}
+    code = """
+        /*0010*/  @P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/      LDG.E.LTC128B R4, desc[UR4][R2.64] ;
+        /*0030*/      LDGSTS.E.BYPASS.128 [R5], desc[UR4][R2.64] ;
+        /*0040*/      STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0050*/      HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0060*/      HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0070*/      LDS.128 R4, [R2] ;
+    """
+    expected = {"LDG.128": 1, "LDG.32 or less": 1, "LDGSTS.128": 1, "STG.64": 1, "HMMA": 1, "HGMMA": 1}
+    assert _binaries.nvidia_instructions(code) == expected
+
+
+def test_reading_of_amd_code():
+    metadata = """
+  - .agpr_count:     4
+    .args:
+      - .offset:         0
+        .size:           8
+    .sgpr_count:     22
+    .sgpr_spill_count: 1
+    .vgpr_count:     50
+    .vgpr_spill_count: 2
+"""
+    assert _binaries.amd_resources(metadata) == {"registers": 50, "spilled": 3}
+    code = """
+	global_load_dwordx4 v[2:5], v[0:1], off
+	buffer_load_dwordx2 v[2:3], v0, s[0:3], 0 offen
+	global_store_dwordx4 v[0:1], v[2:5], off
+	global_store_short v[0:1], v2, off
+	v_mfma_f32_32x32x8_bf16 v[0:15], v[16:17], v[18:19], 0
+"""
+    expected = {"LDG.128": 1, "LDG.64": 1, "STG.128": 1, "STG.32 or less": 1, "MFMA": 1}
+    assert _binaries.amd_instructions(code) == expected
+
+
+def test_products_of_16_bit_matrices_are_found():
+    line = "%r = tt.dot %a, %b, %c, inputPrecision = ieee : tensor<64x16x{0}> * tensor<16x64x{0}> -> tensor<64x64xf32>"
+    assert _binaries.multiplies_16_bit(line.format("bf16"))
+    assert _binaries.multiplies_16_bit(line.format("f16"))
+    assert not _binaries.multiplies_16_bit(line.format("f32"))
+
+
+def test_the_users_page_names_every_kernel_and_no_other():
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(\w+_kernel)`", page)) == kernel_names()
+    for block in re.findall(r"^```python\n(.*?)^```", page, flags=re.M | re.S):
+        exec(block, {})

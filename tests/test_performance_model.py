@@ -1,0 +1,144 @@
+"""docs/performance-model.md is what the code gives; its counts are those of the kernels themselves; the goals hold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import _attention_cost as cost
+from bench import _cases, _memory_cost, performance_model
+from bench._datasheets import ACCELERATORS
+from bench._interpreted import counting
+from bench._targets import GPUS, Gpu
+from bench.shapes import Geometry, ModelShape
+from ebft_kernels import StridedLayout
+from ebft_kernels.testing import LAYOUTS
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Passes that do not reach the goal, with what they reach.
+KNOWN_MISSES: dict[str, float] = {
+    # The gradient of a mean is read by each of the G rows that it was taken over: from a cache, seven times of eight.
+    "pool_features, mean, backward": 1.78,
+    # Each row looks up its anchor and its document, n * G and more rows the same ones: from a cache.
+    "StridedLayout.position_ids, key_ranges": 1.31,
+}
+SMALL = ModelShape("small", 16, 16, 1, 6, 2, 16, 100)
+
+
+@pytest.fixture(autouse=True)
+def as_large_as_life():
+    """Inputs of full size are never read: filling them with NaN would only take time."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def test_the_document_is_what_the_code_gives():
+    command = [sys.executable, "-m", "bench.performance_model", "--check"]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_needed_pairs_are_those_of_the_mask(name):
+    layout = LAYOUTS[name]()
+    mask = layout.dense_mask()[:, 0]
+    assert cost.needed_pairs(layout) == int(mask.sum())
+    for step in range(layout.horizon):
+        rows = mask[:, layout.length + step :: layout.horizon]
+        assert cost.needed_step_pairs(layout, step) == int(rows.sum())
+
+
+def products(layout: StridedLayout, gpu: Gpu) -> dict[str, int]:
+    """Operations of the attention kernels' matrix products, counted while they run."""
+    with counting(gpu) as traffic:
+        _cases.attention(SMALL, layout, torch.float16).run()
+        _cases.attention_step(SMALL, layout, torch.float16).run()
+    return {name: one.products for name, one in traffic.items() if one.products}
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"), [("odd", "sm_86"), ("odd", "sm_90"), ("arbitrary", "sm_90"), ("documents", "sm_90")]
+)
+def test_counted_operations_are_those_that_the_kernels_do(name, arch):
+    layout = LAYOUTS[name]()
+    gpu = GPUS[arch]._replace(processors=1)  # too small to split a decoding step for
+    expected = {one.name: one.done for one in cost.attention_costs(SMALL, layout, gpu, dtype=torch.float16)}
+    assert products(layout, gpu) == expected
+
+
+def test_blocks_of_a_mask():
+    mask = torch.zeros(10, 9, dtype=torch.bool)
+    mask[0, 0] = mask[3, 3] = mask[9, 8] = True
+    assert cost.block_pairs(mask, 4) == 2 * 16
+    assert cost.block_pairs(mask, 3) == (2 + 1) * 9
+
+
+def test_other_means_compute_what_they_must():
+    geometry = Geometry(length=256)
+    layout = geometry.layout()
+    by_name = {one.how: one for one in cost.mask_costs(geometry)}
+    assert by_name["needed, prompt once"].pairs == int(layout.dense_mask().sum())
+    prompt, copies = 256 * 257 // 2, geometry.samples
+    rollouts = by_name["needed, prompt once"].pairs - prompt
+    assert by_name["needed, prompt per sample"].pairs == copies * prompt + rollouts
+    length = 256 + layout.num_anchors * layout.horizon
+    assert by_name["dense mask, reference order"] == cost.MaskCost(
+        "dense mask, reference order", copies * length, copies * length**2
+    )
+    for how in ("packed", "reference"):
+        assert by_name[f"FlexAttention, {how} order"].pairs % cost.FLEX_BLOCK**2 == 0
+
+
+@pytest.mark.parametrize("name", [name for name, one in _memory_cost.PASSES.items() if len(one.lengths) == 2])
+def test_bytes_grow_by_the_same_number_per_prompt_token(name):
+    model, one = SMALL._replace(hidden=64), _memory_cost.PASSES[name]
+    short, long = one.lengths
+    first, second, third = (
+        sum(x.bytes for x in _memory_cost.count(one, model, _cases.GEOMETRY, length).values())
+        for length in (short, long, 2 * long - short)
+    )
+    assert third - second == second - first > 0
+
+
+def table_rows(first_column: str) -> list[list[str]]:
+    """Cells of all rows of the document that begin so."""
+    text = performance_model.DOCUMENT.read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if row[0].startswith(first_column)]
+
+
+def test_the_goal_of_the_attention_forward_kernel():
+    ratios = [row[1:] for row in table_rows("`strided_attention_fwd_kernel`") if len(row) == 1 + len(GPUS)]
+    assert len(ratios) == len(_cases.SHAPES)
+    assert all(1 <= float(x) <= cost.ATTENTION_GOAL for row in ratios for x in row)
+
+
+@pytest.mark.parametrize("name", _memory_cost.PASSES)
+def test_the_goal_of_the_memory_bound_kernels(name):
+    ratios = [float(row[4]) for row in table_rows(name)]
+    assert len(ratios) == len(_cases.SHAPES)
+    assert all(1 <= x <= KNOWN_MISSES.get(name, _memory_cost.MEMORY_GOAL) for x in ratios), ratios
+
+
+def test_missed_goals_are_stated_in_the_document():
+    for name, ratio in KNOWN_MISSES.items():
+        assert ratio > _memory_cost.MEMORY_GOAL
+        assert max(float(row[4]) for row in table_rows(name)) > _memory_cost.MEMORY_GOAL  # else it is no miss any more
+
+
+def test_the_least_time_is_that_of_the_scarcest():
+    (h100,) = (x for x in ACCELERATORS if x.name == "H100 SXM")
+    assert h100.microseconds(operations=989e6, moved=3350) == pytest.approx(1)
+    assert h100.microseconds(operations=989e6, moved=2 * 3350e6 / 1e3 * 1e3) == pytest.approx(2000)
+    assert h100.microseconds(double_operations=34e6 * 3, moved=1) == pytest.approx(3)
+
+
+def test_the_document_says_that_it_is_computed():
+    text = performance_model.DOCUMENT.read_text(encoding="utf-8")
+    assert "Computed, not measured" in text
+    assert all(model.name in text for model in _cases.SHAPES)
+    assert all(x.name in text for x in ACCELERATORS)
