@@ -31,6 +31,16 @@ def build_mode() -> str:
     return mode
 
 
+# Code for the runtime of gcc, which torch brings on Linux; what clang makes there calls another one.
+OPENMP_PROBE = """
+#include <omp.h>
+#if defined(__clang__) && defined(__linux__)
+#error
+#endif
+int main() { return omp_get_thread_num(); }
+"""
+
+
 class BuildKernels(build_ext):
     """Compiles for every processor of the architecture; AVX2 and AVX-512 code is chosen when it runs."""
 
@@ -65,7 +75,7 @@ class BuildKernels(build_ext):
         os.makedirs(self.build_temp, exist_ok=True)
         probe = os.path.join(self.build_temp, "probe.cpp")
         with open(probe, "w", encoding="utf-8") as file:
-            file.write("#include <omp.h>\nint main() { return omp_get_thread_num(); }\n")
+            file.write(OPENMP_PROBE)
         try:
             self.compiler.compile([probe], output_dir=self.build_temp, extra_postargs=[flag])
         except CCompilerError:

@@ -17,10 +17,10 @@ from .shapes import Geometry, ModelShape
 #: Goal: bytes that the kernels move over bytes that they must.
 MEMORY_GOAL = 1.05
 
-# Prompts short enough for the interpreter. The counts are linear in the length, from which those of any other follow:
-# with the number of anchors where one program has one of them, in steps of 16 where it may have several.
+# Where all programs of a pass move the same number of bytes, so many of them are run, and the count is scaled.
+_FEW = 4
+# Where they do not, all are run for these short prompts of one batch row: each token more moves as much more.
 _SHORT = (16, 24)
-_MULTIPLES_OF_16_ANCHORS = (136, 264)
 
 
 class MemoryCost(NamedTuple):
@@ -49,16 +49,16 @@ class Pass(NamedTuple):
         backward: which of the two.
         needed: bytes of the inputs and outputs of the pass.
         double_operations: float64 operations of the pass.
-        lengths: two prompt lengths to count at, or the length itself.
-        sample: how many programs to count, if not all.
+        programs: how many are run; None: all.
+        lengths: prompt lengths to run at instead of at full size.
     """
 
     call: Callable[[ModelShape, StridedLayout], _cases.Call]
     backward: bool
     needed: Callable[[ModelShape, StridedLayout], int]
     double_operations: Callable[[ModelShape, StridedLayout], int] = lambda _model, _rows: 0
-    lengths: tuple[int, ...] = _SHORT
-    sample: int | None = None
+    programs: int | None = _FEW
+    lengths: tuple[int, int] | None = None
 
 
 def _items(rows: StridedLayout) -> int:
@@ -98,6 +98,8 @@ PASSES = {
         _pooling("last_token"),
         True,
         lambda model, rows: _pooling_bytes(model, rows, 1) + _hidden_gradient_bytes(model, rows),
+        programs=None,
+        lengths=_SHORT,
     ),
     "pool_features, mean, forward": Pass(
         _pooling("mean"), False, lambda model, rows: _pooling_bytes(model, rows, rows.horizon)
@@ -106,6 +108,8 @@ PASSES = {
         _pooling("mean"),
         True,
         lambda model, rows: _pooling_bytes(model, rows, rows.horizon) + _hidden_gradient_bytes(model, rows),
+        programs=None,
+        lengths=_SHORT,
     ),
     "mean_embedding_loss, forward": Pass(
         _cases.loss,
@@ -122,50 +126,46 @@ PASSES = {
         False,
         lambda model, rows: 4 * _items(rows) * model.features + 4 * _anchors(rows) * (1 + 4 * rows.samples),
         _gram_operations,
-        _MULTIPLES_OF_16_ANCHORS,
     ),
     "match_hidden_states, sample": Pass(
         lambda model, rows: _cases.hidden_matching(model, rows, torch.bfloat16),
         False,
         lambda model, rows: 2 * _items(rows) * model.features + 4 * _anchors(rows) * (1 + 4 * rows.samples),
         _gram_operations,
-        _MULTIPLES_OF_16_ANCHORS,
     ),
     "StridedLayout.dense_mask": Pass(
         _cases.dense_mask,
         False,
         lambda _model, rows: rows.batch_size * rows.packed_length * (rows.packed_length + 12),
-        lengths=(_cases.GEOMETRY.length,),
-        sample=50,
     ),
     "StridedLayout.position_ids, key_ranges": Pass(
         _cases.geometry,
         False,
         lambda _model, rows: 4 * _anchors(rows) + rows.batch_size * (4 * rows.length + 20 * rows.packed_length),
-        lengths=(_cases.GEOMETRY.length,),
+        programs=None,
     ),
 }
 
 
-def memory_costs(model: ModelShape, geometry: Geometry) -> list[MemoryCost]:
-    """All passes at ``geometry``; the kernels run here at two lengths of one batch row."""
-    rows = geometry.layout()
-    result = []
-    for name, one in PASSES.items():
-        counts = {length: count(one, model, geometry, length) for length in one.lengths}
-        first, last = one.lengths[0], one.lengths[-1]
-        moved = _bytes(counts[first])
-        if last != first:
-            moved += (_bytes(counts[last]) - moved) / (last - first) * (geometry.length - first)
-        needed, double = one.needed(model, rows), one.double_operations(model, rows)
-        result.append(MemoryCost(name, tuple(counts[last]), needed, round(geometry.batch * moved), double))
-    return result
+def memory_cost(name: str, model: ModelShape, geometry: Geometry) -> MemoryCost:
+    """One of :data:`PASSES`."""
+    one, rows = PASSES[name], geometry.layout()
+    if one.lengths is None:
+        traffic = count(one, model, geometry, one.programs)
+        moved = _bytes(traffic)
+    else:
+        short, long = (geometry._replace(batch=1, length=length) for length in one.lengths)
+        traffic, more = count(one, model, short), count(one, model, long)
+        per_token = (_bytes(more) - _bytes(traffic)) / (long.length - short.length)
+        moved = geometry.batch * (_bytes(traffic) + per_token * (geometry.length - short.length))
+    needed, double = one.needed(model, rows), one.double_operations(model, rows)
+    return MemoryCost(name, tuple(traffic), needed, round(moved), double)
 
 
-def count(one: Pass, model: ModelShape, geometry: Geometry, length: int) -> dict[str, Traffic]:
-    """Traffic of one pass by kernel for one batch row of ``length`` prompt tokens."""
-    call = one.call(model, geometry._replace(batch=1, length=length).layout())
-    with counting(GPUS["sm_90"], sample=one.sample) as traffic:
+def count(one: Pass, model: ModelShape, geometry: Geometry, programs: int | None = None) -> dict[str, Traffic]:
+    """Traffic of one pass by kernel; if ``programs`` is given, scaled up from so many of each launch."""
+    call = one.call(model, geometry.layout())
+    with counting(GPUS["sm_90"], sample=programs) as traffic:
         outputs = call.forward()
         if one.backward:
             traffic.clear()

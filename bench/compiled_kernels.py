@@ -135,8 +135,9 @@ def _compile_case(work: tuple[str, str]) -> list[Row]:
     try:
         with compiling(GPUS[arch]) as launches:
             call.run()
-    except Exception as error:
-        raise RuntimeError(f"{arch}, {case}: {error}") from error
+    except Exception as error:  # the other kernels are worth knowing about all the same
+        problem = f"does not compile: {type(error).__name__}: {str(error).splitlines()[-1]}"
+        return [Row(arch, "-", case, "", "", 0, 0, 0, 0, 0, 0, "", (problem,))]
     rows = [_row(arch, case, launch) for launch in launches]
     print(f"{arch} {case}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
     return rows

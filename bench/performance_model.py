@@ -21,7 +21,7 @@ from ._attention_cost import ATTENTION_GOAL, KernelCost, attention_costs, mask_c
 from ._cases import GEOMETRY, SHAPES
 from ._datasheets import ACCELERATORS
 from ._documents import DOCS, drift, table, write
-from ._memory_cost import MEMORY_GOAL, memory_costs
+from ._memory_cost import MEMORY_GOAL, PASSES, MemoryCost, memory_cost
 from ._targets import GPUS
 from .shapes import ModelShape
 
@@ -48,8 +48,16 @@ def document() -> str:
     introduction = _INTRODUCTION.format(
         command=COMMAND, setting=GEOMETRY, attention_goal=ATTENTION_GOAL, memory_goal=MEMORY_GOAL
     )
+    work = [(name, model) for name in sorted(PASSES, key=lambda name: "backward" not in name) for model in SHAPES]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        return "\n".join([introduction, _datasheets(), *pool.map(_model, SHAPES)])
+        memory = dict(zip(work, pool.map(_memory_cost, work), strict=True))
+    models = [_model(model, [memory[name, model] for name in PASSES]) for model in SHAPES]
+    return "\n".join([introduction, _datasheets(), *models])
+
+
+def _memory_cost(work: tuple[str, ModelShape]) -> MemoryCost:
+    torch.set_num_threads(1)
+    return memory_cost(*work, GEOMETRY)
 
 
 def _datasheets() -> str:
@@ -60,8 +68,7 @@ def _datasheets() -> str:
     return table(("product", "kernels of", "bf16 TFLOP/s", "float64 TFLOP/s", "TB/s"), rows)
 
 
-def _model(model: ModelShape) -> str:
-    torch.set_num_threads(1)
+def _model(model: ModelShape, memory: list[MemoryCost]) -> str:
     rows = GEOMETRY.layout()
     by_arch = {arch: attention_costs(model, rows, gpu) for arch, gpu in GPUS.items()}
     sizes = f"hidden {model.hidden}, {model.layers} layers, {model.heads}/{model.kv_heads} heads of {model.head_dim}"
@@ -75,7 +82,7 @@ def _model(model: ModelShape) -> str:
             "### Scores of the forward pass by other means\n",
             _masks(model),
             "### Memory-bound passes: bytes needed and moved, and the least time in microseconds\n",
-            _memory(model),
+            _memory(memory),
         ]
     )
 
@@ -119,7 +126,7 @@ def _masks(model: ModelShape) -> str:
     return table(("how", "rows", "GFLOP", "times the needed", *(x.name for x in ACCELERATORS)), rows)
 
 
-def _memory(model: ModelShape) -> str:
+def _memory(costs: list[MemoryCost]) -> str:
     rows = [
         (
             cost.name,
@@ -129,7 +136,7 @@ def _memory(model: ModelShape) -> str:
             f"{cost.moved / cost.needed:.3f}",
             *_floor(moved=cost.needed, double_operations=cost.double_operations),
         )
-        for cost in memory_costs(model, GEOMETRY)
+        for cost in costs
     ]
     return table(("pass", "kernels", "MB needed", "MB moved", "ratio", *(x.name for x in ACCELERATORS)), rows)
 
@@ -148,11 +155,11 @@ Everything is for one layer at {setting}, bfloat16 (features float32), the promp
 * **MB**: inputs and outputs, each once. **MB to and from caches**: what the programs of the kernel ask for, on sm_90.
 * **Operations done**: over the pairs that the tiles cover, which are counted exactly from the layout and the tile that
   the architecture gets. Goal for the forward kernel: at most {attention_goal}.
-* **MB moved**: what the kernels load and store, each time they do, counted while Triton's interpreter runs them on
-  short prompts, where it grows by the same number of bytes per prompt token. What a cache answers counts too. Goal: at
-  most {memory_goal} of the needed. The backward pass of a mean misses it: the gradient of a feature is read by each of
-  the G rows that the mean was taken over, whose programs are neighbours, so that a cache answers all but the first. So
-  do position ids and key ranges, for which each row looks up its anchor and its document.
+* **MB moved**: what the kernels load and store, each time they do, counted while Triton's interpreter runs them: some
+  of the programs where all move the same, all of them on short prompts where they do not. What a cache answers counts
+  too. Goal: at most {memory_goal} of the needed. Two passes miss it, by what a cache answers: in the backward pass of a
+  mean, each of the G rows that it was taken over reads the gradient of the feature; for position ids and key ranges,
+  each row looks up its anchor and its document.
 * **Least time**: the larger of operations / rate and needed bytes / bandwidth, for dense products without sparsity.
   Softmax, launches and everything else that is neither are taken to be free.
 * **By other means**: the method's published code repeats the prompt for each sample and orders rollout tokens by (step,

@@ -93,15 +93,24 @@ def test_other_means_compute_what_they_must():
         assert by_name[f"FlexAttention, {how} order"].pairs % cost.FLEX_BLOCK**2 == 0
 
 
-@pytest.mark.parametrize("name", [name for name, one in _memory_cost.PASSES.items() if len(one.lengths) == 2])
+def moved(one: _memory_cost.Pass, geometry: Geometry, programs: int | None = None) -> int:
+    traffic = _memory_cost.count(one, SMALL._replace(hidden=64), geometry, programs)
+    return sum(x.bytes for x in traffic.values())
+
+
+@pytest.mark.parametrize("name", [name for name, one in _memory_cost.PASSES.items() if one.lengths])
 def test_bytes_grow_by_the_same_number_per_prompt_token(name):
-    model, one = SMALL._replace(hidden=64), _memory_cost.PASSES[name]
+    one = _memory_cost.PASSES[name]
     short, long = one.lengths
-    first, second, third = (
-        sum(x.bytes for x in _memory_cost.count(one, model, _cases.GEOMETRY, length).values())
-        for length in (short, long, 2 * long - short)
-    )
+    first, second, third = (moved(one, Geometry(length=length)) for length in (short, long, 2 * long - short))
     assert third - second == second - first > 0
+
+
+@pytest.mark.parametrize("name", [name for name, one in _memory_cost.PASSES.items() if one.programs])
+def test_few_programs_stand_for_all(name):
+    """At sizes that are multiples of every tile, as the documents' are, but for rounding in the dense mask."""
+    one, geometry = _memory_cost.PASSES[name], Geometry(batch=2, length=40)
+    assert moved(one, geometry, one.programs) == pytest.approx(moved(one, geometry), rel=1e-3)
 
 
 def table_rows(first_column: str) -> list[list[str]]:

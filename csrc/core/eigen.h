@@ -33,8 +33,8 @@ EBFT_FN void jacobi_rotate(Size n, double* a, double* vectors, int p, int q) {
 // Diagonalises `a` [n,n], whose largest diagonal element is between 1/2 and 1 or all of which is 0.
 //
 // Afterwards the eigenvalues stand on the diagonal of `a`, in no order, and row e of `vectors` [n,n] is the eigenvector
-// of a_ee. An element that is negligible beside the diagonal elements of its row and column is left alone: on a positive
-// semi-definite matrix that keeps small eigenvalues accurate too. A matrix that is diagonal gets the unit vectors.
+// of a_ee. An element that is negligible beside the diagonal elements of its row and column is left alone: that keeps
+// small eigenvalues of a positive semi-definite matrix accurate too. A diagonal matrix gets the unit vectors.
 template <class Size>
 EBFT_FN void symmetric_eigen(Size n, double* a, double* vectors) {
   const double epsilon = 0x1p-53;

@@ -40,9 +40,9 @@ EBFT_FN RowGeometry row_geometry(const PackedSizes& sizes, int64_t row, const in
   return {end - start + step, start, end, int32_t(row - step)};
 }
 
-// The end of the tokens of its own rollout that a row sees, given where they start. `full`: the later ones too.
-EBFT_FN int64_t own_end(const PackedSizes& sizes, int64_t row, int64_t own_start, bool full) {
-  return full && row >= sizes.prompt ? own_start + sizes.horizon : row + 1;
+// The end of the tokens of its own rollout that a row sees. `full`: the later ones too.
+EBFT_FN int64_t own_end(const PackedSizes& sizes, int64_t row, bool full) {
+  return full && row >= sizes.prompt ? row + sizes.horizon - (row - sizes.prompt) % sizes.horizon : row + 1;
 }
 
 }  // namespace ebft

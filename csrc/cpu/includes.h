@@ -11,6 +11,6 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
+#if defined(EBFT_X86)
 #include <immintrin.h>
 #endif

@@ -7,7 +7,7 @@ namespace baseline {
 extern const Kernels table[4];
 }
 
-#if defined(__x86_64__)
+#if defined(EBFT_X86)
 namespace avx2 {
 extern const Kernels table[4];
 }
@@ -17,7 +17,7 @@ extern const Kernels table[4];
 #endif
 
 int isa_count() {
-#if defined(__x86_64__)
+#if defined(EBFT_X86)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 1;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -34,7 +34,7 @@ const char* isa_name(Isa isa) {
 }
 
 const Kernels& kernels_for(Isa isa, Dtype dtype) {
-#if defined(__x86_64__)
+#if defined(EBFT_X86)
   if (isa == Isa::avx512) return avx512::table[int(dtype)];
   if (isa == Isa::avx2) return avx2::table[int(dtype)];
 #endif

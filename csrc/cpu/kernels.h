@@ -5,6 +5,11 @@
 
 #include <cstdint>
 
+// There is code for the newer instruction sets of x86-64 where the compiler can switch them on within a file.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EBFT_X86 1
+#endif
+
 namespace ebft::cpu {
 
 // The codes by which Python names element types, and their order in `kernels_for`.
@@ -23,13 +28,13 @@ struct Execution {
   int threads;
 };
 
-// Rows are `features` contiguous elements long and need no alignment. Sums are float64, in an order that depends on
-// the instruction set and the number of features alone.
+// Rows are contiguous and need no alignment. Sums are float64, but for those of weighted_sum, in an order that depends
+// on the instruction set and the length of the rows alone.
 struct Kernels {
   // For matching. gram [count,count] = inner products of all rows with each other.
   void (*gram)(const void* const* rows, int count, int64_t features, double* gram);
 
-  // Writes mean_j rows_j - target to `difference` [features], in float32 (float64 for float64 rows); returns its square.
+  // Writes mean_j rows_j - target to `difference`, in float32 (float64 for float64 rows), and returns its square.
   // *spread, unless null, becomes sum_j |rows_j - mean|^2.
   double (*mean_difference)(const void* const* rows, int count, const void* target, int64_t features,
                             void* difference, double* spread);

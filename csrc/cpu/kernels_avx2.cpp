@@ -1,7 +1,7 @@
 // For x86-64 processors with AVX2, FMA and F16C: 16 registers of 4 doubles.
 #include "includes.h"
 
-#if defined(__x86_64__)
+#if defined(EBFT_X86)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define EBFT_ISA avx2

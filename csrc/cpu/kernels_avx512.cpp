@@ -1,7 +1,7 @@
 // For x86-64 processors with AVX-512: 32 registers of 8 doubles.
 #include "includes.h"
 
-#if defined(__x86_64__)
+#if defined(EBFT_X86)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define EBFT_ISA avx512

@@ -33,21 +33,6 @@ char* row_of(const Layer& layer, int64_t batch, int64_t row) {
   return static_cast<char*>(layer.data) + batch * layer.batch_stride + row * layer.row_stride;
 }
 
-// Asks for the beginnings of the rows of an item that is about to be taken: they are far apart, and the hardware foresees
-// only what follows.
-void prefetch_rows(const Tokens& tokens, const std::vector<Layer>& layers, int64_t i) {
-#if defined(__GNUC__)
-  if (i >= tokens.rollouts() + tokens.targets()) return;
-  const Item item = item_of(tokens, i);
-  for (const Layer& layer : layers) {
-    for (int64_t k = 0; k < tokens.steps; ++k) {
-      const char* row = row_of(layer, item.batch, item.rows[k]);
-      for (int line = 0; line < PFL; ++line) __builtin_prefetch(row + 64 * line);
-    }
-  }
-#endif
-}
-
 void check_rows(const Tokens& tokens) {
   const int64_t items = tokens.rollouts() + tokens.targets();
   for (int64_t i = 0; i < items; ++i) {
@@ -96,7 +81,6 @@ void pool_features(const Execution& execution, Dtype dtype, const std::vector<La
   Scratch<const void*> row_scratch(threads, steps);
   Scratch<double> scale_scratch(threads, steps * depth);
   for_each(items, threads, [&](int64_t i, int thread) {
-    prefetch_rows(tokens, layers, i + 1);
     const Item item = item_of(tokens, i);
     double* scales = scale_scratch.of(thread);  // [L, K]
     for (int64_t k = 0; k < steps; ++k) {

@@ -140,19 +140,16 @@ inline __device__ double* dynamic_shared() {
   return dynamic_shared_memory;
 }
 
-// The sum over the threads of a warp, in all of them.
-inline __device__ double warp_sum(double x) {
-#pragma unroll
-  for (int lane = warp_size / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
-  return x;
-}
-
 // Replaces each number by its sum over the threads of the block, in the same order every time.
 template <int Count>
 __device__ void block_sum(double (&x)[Count]) {
   __shared__ double of_warp[most_threads / warp_size][Count];
+// Not unrolled, which saves code; the numbers do not wait for each other.
+#pragma unroll 1
+  for (int lane = warp_size / 2; lane > 0; lane /= 2) {
 #pragma unroll
-  for (int i = 0; i < Count; ++i) x[i] = warp_sum(x[i]);
+    for (int i = 0; i < Count; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], lane);
+  }
   if (blockDim.x == warp_size) return;
   __syncthreads();  // the sums of the call before have been read
   if (threadIdx.x % warp_size == 0) {
@@ -161,9 +158,11 @@ __device__ void block_sum(double (&x)[Count]) {
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < Count; ++i) {
-    x[i] = of_warp[0][i];
-    for (unsigned warp = 1; warp < blockDim.x / warp_size; ++warp) x[i] += of_warp[warp][i];
+  for (int i = 0; i < Count; ++i) x[i] = of_warp[0][i];
+#pragma unroll 1
+  for (unsigned warp = 1; warp < blockDim.x / warp_size; ++warp) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) x[i] += of_warp[warp][i];
   }
 }
 

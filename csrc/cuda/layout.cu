@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(most_threads)
   const auto look_at = [&](int64_t row) {
     const int64_t known = row < rows ? row : rows - 1;
     return Visible{prefix_start[known], prefix_end[known], own_start[known],
-                   own_end(sizes, known % packed, own_start[known], full)};
+                   own_end(sizes, known % packed, full)};
   };
   for (int i = 0; i < stores; ++i) {
     const uint32_t offset = 16 * (i * most_threads + threadIdx.x);

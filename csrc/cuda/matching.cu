@@ -68,7 +68,7 @@ __device__ void gram_tile(const Anchor& anchor, int n, Tile<Rows, Triangle> tile
 
 // Block: one of `groups` parts of the features of one anchor.
 template <class T, int Rows, bool Tiled>
-__global__ void __launch_bounds__(most_threads)
+__global__ void __launch_bounds__(most_threads, 2)
     gram_kernel(const __grid_constant__ EbftCudaFeatures features, int64_t groups, bool aligned, double* grams) {
   const int64_t item = blockIdx.x, part = features.features / groups;
   const int64_t offset = item % groups * part;

@@ -14,6 +14,7 @@ from ._triton_backward import backward
 from ._triton_core import (
     STATISTICS,
     attend_keys,
+    ceil_div,
     constants,
     first_weights,
     load_rows,
@@ -144,7 +145,7 @@ def forward(
 
     def grid(sizes):
         tile = sizes["BLOCK_M"]
-        return (groups * (triton.cdiv(length * repeat, tile) + triton.cdiv((rows - length) * repeat, tile)),)
+        return (groups * (ceil_div(length * repeat, tile) + ceil_div((rows - length) * repeat, tile)),)
 
     launch(
         strided_attention_fwd_kernel,

@@ -15,6 +15,7 @@ from .._triton import launch, target_of
 from ..layout import KeyRanges
 from ._triton_core import (
     STATISTICS,
+    ceil_div,
     constants,
     edge_keys,
     load_rows,
@@ -409,7 +410,7 @@ def backward(
     ranges = [x.contiguous() for x in ranges]
 
     def query_tiles(size):
-        return triton.cdiv(length * repeat, size) + triton.cdiv((rows - length) * repeat, size)
+        return ceil_div(length * repeat, size) + ceil_div((rows - length) * repeat, size)
 
     delta = q.new_empty(q.shape[:3], dtype=STATISTICS)
     block = tiles[0].sizes["BLOCK_M"]  # all candidates share it
@@ -444,7 +445,7 @@ def backward(
     for own, keys in ((False, length), (True, rows - length)):
         launch(
             strided_attention_dkdv_kernel,
-            lambda x, keys=keys: (groups * triton.cdiv(keys, x["BLOCK_N"]),),
+            lambda x, keys=keys: (groups * ceil_div(keys, x["BLOCK_N"]),),
             *(q, k, v, grad, lse, delta, bounds, *grads[1:], *ranges, *strides, *sizes, *factors),
             device=device,
             tiles=attention_tiles("own", *shape) if own else tiles,

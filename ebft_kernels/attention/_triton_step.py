@@ -14,6 +14,7 @@ from ._triton_core import (
     NOTHING,
     STATISTICS,
     attend_keys,
+    ceil_div,
     constants,
     first_weights,
     load_rows,
@@ -205,15 +206,15 @@ def step(
     fixed = constants(q, v, repeat, softcap, window)
     target = target_of(device)
     tiles = attention_tiles("step", target, fixed["PAD_D"], fixed["PAD_DV"], q.itemsize)
-    programs = groups * triton.cdiv(rollouts * repeat, tiles[0].sizes["BLOCK_M"])
-    splits = max(1, min(triton.cdiv(target.processors, max(programs, 1)), length // _SPLIT_KEYS))
+    programs = groups * ceil_div(rollouts * repeat, tiles[0].sizes["BLOCK_M"])
+    splits = max(1, min(ceil_div(target.processors, max(programs, 1)), length // _SPLIT_KEYS))
     parts = lse = out
     if splits > 1:
         parts = q.new_empty((splits, *out.shape), dtype=STATISTICS)
         lse = q.new_empty((splits, *q.shape[:3]), dtype=STATISTICS)
     launch(
         strided_attention_step_kernel,
-        lambda x: (groups * splits * triton.cdiv(rollouts * repeat, x["BLOCK_M"]),),
+        lambda x: (groups * splits * ceil_div(rollouts * repeat, x["BLOCK_M"]),),
         q,
         k,
         v,
@@ -244,7 +245,7 @@ def step(
         count = batch * rollouts * heads
         launch(
             strided_attention_combine_kernel,
-            lambda x: (triton.cdiv(count, x["BLOCK_M"]),),
+            lambda x: (ceil_div(count, x["BLOCK_M"]),),
             *(parts, lse, out, splits, count),
             device=device,
             tiles=attention_row_tiles(max(1, 1024 // fixed["PAD_DV"])),

@@ -306,15 +306,17 @@ def mean_embedding_backward(
 @triton.jit
 def _mean_and_spread(rollouts, first, columns, stride, n: tl.constexpr, F: tl.constexpr):
     """Mean over the rollouts and sum of the squared distances from it, both [BLOCK] float32, in one pass."""
-    mean = columns * 0.0
+    total = columns * 0.0
+    running = columns * 0.0  # mean of the rollouts so far, of which the squared distances so far are
     spread = columns * 0.0
     for j in range(n):
         offset = first + j * stride
         x = tl.load(rollouts + offset + columns, mask=columns < F, other=0.0).to(tl.float32)  # [BLOCK]
-        change = x - mean
-        mean += change / (j + 1)
-        spread += change * (x - mean)
-    return mean, spread
+        total += x
+        change = x - running
+        running += change / (j + 1)
+        spread += change * (x - running)
+    return tl.div_rn(total, n * 1.0), spread
 
 
 @triton.jit(do_not_specialize=[*_GEOMETRY])
@@ -351,7 +353,7 @@ def mean_embedding_fwd_kernel(
         total += away * away
         if UNBIASED:
             # sum_{j != k} K_jk / (n (n - 1)) = |mean|^2 - sum_j |phi_j - mean|^2 / (n (n - 1)), without cancellation.
-            total -= spread / (n * (n - 1))
+            total -= tl.div_rn(spread, n * (n - 1.0))
     tl.store(loss + anchor, tl.sum(total, 0))
 
 
@@ -386,7 +388,7 @@ def mean_embedding_bwd_kernel(
     dtype = grad_targets.dtype.element_ty
     tl.store(grad_targets + anchor * F + columns, (-twice * away).to(dtype), mask=columns < F)
     grad_rollouts += anchor * n * F
-    common = away * (twice / n)
+    common = away * tl.div_rn(twice, n * 1.0)
     if UNBIASED and n <= _HELD:
         tiles = ()
         for j in tl.static_range(n):
@@ -396,9 +398,9 @@ def mean_embedding_bwd_kernel(
         mean = tiles[0]
         for j in tl.static_range(1, n):
             mean += tiles[j]
-        mean = mean / n
+        mean = tl.div_rn(mean, n * 1.0)
         for j in tl.static_range(n):
-            change = common - (tiles[j] - mean) * (twice / (n * (n - 1)))
+            change = common - (tiles[j] - mean) * tl.div_rn(twice, n * (n - 1.0))
             tl.store(grad_rollouts + j * F + columns, change.to(dtype), mask=columns < F)
     else:
         if UNBIASED:
@@ -408,5 +410,5 @@ def mean_embedding_bwd_kernel(
             if UNBIASED:
                 offset = rollout_offset + j * stride
                 x = tl.load(rollouts + offset + columns, mask=columns < F, other=0.0).to(tl.float32)  # [BLOCK]
-                change = common - (x - mean) * (twice / (n * (n - 1)))
+                change = common - (x - mean) * tl.div_rn(twice, n * (n - 1.0))
             tl.store(grad_rollouts + j * F + columns, change.to(dtype), mask=columns < F)

@@ -53,9 +53,10 @@ def _rotate(k, vectors, rotating, diagonal, pair, row, column, m, A: tl.constexp
     """One round: ``J^T k J`` and ``vectors J``, where J makes ``k`` zero at all (i, i xor m) at once."""
     own = tl.sum(tl.where(diagonal, k, 0.0), 1)  # [A, N]: k_ii
     other = tl.sum(tl.where(pair, own[:, :, None], 0.0), 1)  # k_pp of the partner p
-    beside = tl.sum(tl.where(pair, k, 0.0), 1)  # k_ip
+    # k_ip + k_pi, the same number for both partners even where rounding made k_ip differ from k_pi: else J would not be
+    # orthogonal.
+    twice = tl.sum(tl.where(pair, k, 0.0), 1) + tl.sum(tl.where(pair, k, 0.0), 2)
     # The tangent of the smaller of the two angles; its sign is opposite for the two partners.
-    twice = beside * 2
     quotient = (other - own) / tl.where(twice == 0, 1.0, twice)
     where_equal = tl.where(tl.arange(0, N) < (tl.arange(0, N) ^ m), 1.0, -1.0)[None, :]
     sign = tl.where(quotient > 0, 1.0, tl.where(quotient < 0, -1.0, where_equal))

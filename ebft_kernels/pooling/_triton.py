@@ -195,17 +195,14 @@ def _over_layers(sums, L: tl.constexpr, JOINT: tl.constexpr):
 
 
 @triton.jit
-def _factors(squares, counts, L: tl.constexpr, NORMALIZE: tl.constexpr):
-    """What each layer of a token is multiplied by: 1 or 0, over its norm."""
-    factors = ()
+def _norms(squares, L: tl.constexpr):
+    """What each layer of a token is divided by, from its squared norms."""
+    norms = ()
     for layer in tl.static_range(L):
-        factor = counts
-        if NORMALIZE != "none":
-            norm = tl.sqrt_rn(squares[layer])
-            # Not tl.maximum, which would turn the norm of a token that holds NaN into EPS.
-            factor = tl.div_rn(counts, tl.where(norm < _EPS, _EPS, norm))
-        factors = factors + (factor,)
-    return factors
+        norm = tl.sqrt_rn(squares[layer])
+        # Not tl.maximum, which would turn the norm of a token that holds NaN into EPS.
+        norms = norms + (tl.where(norm < _EPS, _EPS, norm),)
+    return norms
 
 
 @triton.jit
@@ -247,31 +244,36 @@ def _sum_resident(
     for step in range(first, last):
         pointers = _row_pointers(hidden, batch_stride, row_stride, batch, tl.load(rows + step), L, ALIGN)
         tiles = _load_token(pointers, True, L, C, CHUNKS, BLOCK)
-        factors = _factors(_inner(tiles, tiles, L, CHUNKS, NORMALIZE == "joint"), _counts(weight, step), L, NORMALIZE)
+        counts = _counts(weight, step)
+        if NORMALIZE != "none":
+            norms = _norms(_inner(tiles, tiles, L, CHUNKS, NORMALIZE == "joint"), L)
         longer = ()
         for i in tl.static_range(L * CHUNKS):
-            longer = longer + (sums[i] + tiles[i] * factors[i // CHUNKS],)
+            tile = tiles[i]
+            if NORMALIZE != "none":
+                tile = tl.div_rn(tile, norms[i // CHUNKS])
+            longer = longer + (sums[i] + tile * counts,)
         sums = longer
     return sums
 
 
 @triton.jit
-def _factors_of_steps(
-    hidden, batch_stride, row_stride, rows, weight, batch, first, last,
+def _norms_of_steps(
+    hidden, batch_stride, row_stride, rows, batch, first, last,
     L: tl.constexpr, C: tl.constexpr, KP: tl.constexpr, NORMALIZE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """What the tokens ``rows[first .. last)`` are multiplied by, a tuple of L vectors [KP]."""
+    """What the tokens ``rows[first .. last)`` are divided by, a tuple of L vectors [KP]."""
     every = ()
     for _ in tl.static_range(L):
-        every = every + (tl.zeros((KP,), tl.float32),)
+        every = every + (tl.full((KP,), 1.0, tl.float32),)
     for step in range(first, last):
         pointers = _row_pointers(hidden, batch_stride, row_stride, batch, tl.load(rows + step), L, ALIGN)
         squares = _squares_from_memory(pointers, True, L, C, CHUNKS, BLOCK, NORMALIZE == "joint")
-        factors = _factors(squares, _counts(weight, step), L, NORMALIZE)
+        norms = _norms(squares, L)
         new = ()
         for layer in tl.static_range(L):
-            new = new + (tl.where(tl.arange(0, KP) == step - first, factors[layer], every[layer]),)
+            new = new + (tl.where(tl.arange(0, KP) == step - first, norms[layer], every[layer]),)
         every = new
     return every
 
@@ -337,18 +339,23 @@ def pool_fwd_kernel(
             columns = (i % CHUNKS) * BLOCK + tl.arange(0, BLOCK)
             tl.store(out + (i // CHUNKS) * layer_size + columns, tl.div_rn(sums[i], divisor), mask=columns < C)
     else:
-        every = _factors_of_steps(
-            hidden, batch_stride, row_stride, rows, weight, batch, first, last,
-            L, C, KP, NORMALIZE, ALIGN, BLOCK, CHUNKS,
-        )  # fmt: skip
+        if NORMALIZE != "none":
+            every = _norms_of_steps(
+                hidden, batch_stride, row_stride, rows, batch, first, last,
+                L, C, KP, NORMALIZE, ALIGN, BLOCK, CHUNKS,
+            )  # fmt: skip
         for i in tl.static_range(L * CHUNKS):
             columns = (i % CHUNKS) * BLOCK + tl.arange(0, BLOCK)
             total = tl.zeros((BLOCK,), tl.float32)
             for step in range(first, last):
                 pointers = _row_pointers(hidden, batch_stride, row_stride, batch, tl.load(rows + step), L, ALIGN)
-                factor = tl.sum(tl.where(tl.arange(0, KP) == step - first, every[i // CHUNKS], 0.0), 0)
                 tile = tl.load(pointers[i // CHUNKS] + columns, mask=columns < C, other=0.0)  # [BLOCK]
-                total += tile.to(tl.float32) * factor
+                tile = tile.to(tl.float32)
+                if NORMALIZE != "none":
+                    tile = tl.div_rn(
+                        tile, tl.sum(tl.where(tl.arange(0, KP) == step - first, every[i // CHUNKS], 0.0), 0)
+                    )
+                total += tile * _counts(weight, step)
             tl.store(out + (i // CHUNKS) * layer_size + columns, tl.div_rn(total, divisor), mask=columns < C)
 
 
@@ -391,7 +398,8 @@ def _along(products, squares, L: tl.constexpr):
     factors = ()
     for layer in tl.static_range(L):
         norm = tl.sqrt_rn(squares[layer])
-        factors = factors + (tl.where(norm <= _EPS, 0.0, tl.div_rn(tl.div_rn(products[layer], norm), norm)),)
+        divisor = tl.where(norm <= _EPS, 1.0, norm)
+        factors = factors + (tl.where(norm <= _EPS, 0.0, tl.div_rn(tl.div_rn(products[layer], divisor), divisor)),)
     return factors
 
 
@@ -472,7 +480,7 @@ def pool_bwd_kernel(
         along = _along(_over_layers(products, L, JOINT), squares, L)
 
     if NORMALIZE != "none":
-        factors = _factors(squares, 1.0, L, NORMALIZE)
+        norms = _norms(squares, L)
     for i in tl.static_range(L * CHUNKS):
         columns = (i % CHUNKS) * BLOCK + tl.arange(0, BLOCK)
         if RESIDENT:
@@ -487,6 +495,6 @@ def pool_bwd_kernel(
                 tile = tiles[i]
             else:
                 tile = tl.load(pointers[i // CHUNKS] + columns, mask=(columns < C) & wanted, other=0.0)  # [BLOCK]
-            total = (total - tile.to(tl.float32) * along[i // CHUNKS]) * factors[i // CHUNKS]
+            total = tl.div_rn(total - tile.to(tl.float32) * along[i // CHUNKS], norms[i // CHUNKS])
         out = grads[i // CHUNKS] + (batch * S + row) * C + columns
         tl.store(out, total.to(out.dtype.element_ty), mask=columns < C)

@@ -200,20 +200,23 @@ def test_inputs_and_upstream_gradients_of_any_strides():
 
 
 def test_offsets_beyond_32_bits():
-    """Two batch rows 2^31 elements apart, in memory of which only what is used exists."""
-    layout = StridedLayout.strided(2, 12, context=4, stride=4, horizon=2, samples=2)
+    """Three batch rows 2^30 elements apart, in memory of which only what is used exists."""
+    layout = StridedLayout.strided(3, 12, context=4, stride=4, horizon=2, samples=2)
     far = torch.from_numpy(np.zeros(2**31 + 2**16, np.float16))
     tensors = attention_inputs(layout, heads=2, kv_heads=1, dtype=torch.float16)
     views, first = [], 0
     for x in tensors:
-        views.append(far[first:].as_strided(x.shape, (2**31, x.stride(1), x.stride(2), 1)))
+        views.append(far[first:].as_strided(x.shape, (2**30, x.stride(1), x.stride(2), 1)))
         views[-1].copy_(x)
         first += x[0].numel()
-    geometry = (layout.key_ranges, layout.length, layout.samples, layout.horizon, 0.25, None, None, False)
-    near, distant = (_triton.forward(*x, None, *geometry) for x in (tensors, views))
+    geometry = (layout.key_ranges, layout.length, layout.samples, layout.horizon)
+    options = (0.25, None, None)
+    near, distant = (_triton.forward(*x, None, *geometry, *options, False) for x in (tensors, views))
     assert all(torch.equal(a, b) for a, b in zip(near, distant, strict=True))
-    grads = [_triton.backward(near[0], *x, *near, *geometry) for x in (tensors, views)]
+    grads = [_triton.backward(near[0], *x, *near, *geometry, *options, False) for x in (tensors, views)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    steps = [_triton.step(x[0][:, :, 1:9:2], *x[1:], None, *geometry, 1, *options) for x in (tensors, views)]
+    assert torch.equal(*steps)
 
 
 def test_results_repeat_bitwise_in_any_order_of_programs(monkeypatch):
@@ -248,7 +251,7 @@ STEPS = {
         "heads": 4,
         "kv_heads": 2,
         "value_dim": 24,
-        "window": 4,
+        "window": 40,
         "softcap": 3.0,
         "sinks": True,
         "scale": 0.4,
@@ -267,8 +270,10 @@ def test_steps(variant, split_keys, monkeypatch, calls):
         _triton_step, "launch", lambda *args, **kw: launched.append(args[0].__name__) or real(*args, **kw)
     )
     actual, eager, truth, visits = [], [], [], 0
-    for name in ("odd", "one_anchor", "one_step", "empty_batch") if variant == "plain" else ("one_anchor",):
-        layout = LAYOUTS[name]()
+    names = ("odd", "one_anchor", "one_step", "empty_batch") if variant == "plain" else ()
+    # The last layout's keys make four parts, which differ in what they hold.
+    long = StridedLayout.strided(1, 66, context=53, stride=8, horizon=4, samples=2)
+    for layout in (*(LAYOUTS[name]() for name in names), long):
         tensors, options = attend_inputs(layout, STEPS[variant], torch.float32)
         q, k, v, *sinks = (x.detach() for x in tensors)
         options["sinks"] = sinks[0] if sinks else None

@@ -2,7 +2,7 @@
 #include "cuda_runtime.h"
 
 #include <link.h>
-#include <stdio.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -27,10 +27,11 @@ constexpr size_t stack_bytes = 256 << 10;
 constexpr unsigned char poison = 0xff;
 
 struct Fiber {
-  enum State { ready, waiting, done };
+  enum State { fresh, ready, waiting, done };
 
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
-  ucontext_t context;
+  ucontext_t context;  // where it starts
+  jmp_buf place;       // where it waits: jumps, unlike changes of context, need no system call
   void* fake_stack;
   State state;
   Wait wait;
@@ -39,7 +40,7 @@ struct Fiber {
 };
 
 std::vector<Fiber> fibers;  // one for each thread of a block; the stacks serve all blocks
-ucontext_t scheduler;
+jmp_buf scheduler;
 int running;
 const std::function<void()>* body;
 int order = 0;
@@ -62,7 +63,10 @@ void enter(int thread) {
   threadIdx = {unsigned(thread) % blockDim.x, unsigned(thread) / blockDim.x % blockDim.y,
                unsigned(thread) / (blockDim.x * blockDim.y)};
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), stack_bytes);
-  swapcontext(&scheduler, &fiber.context);
+  if (!_setjmp(scheduler)) {
+    if (fiber.state == Fiber::fresh) setcontext(&fiber.context);
+    _longjmp(fiber.place, 1);
+  }
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 }
 
@@ -73,7 +77,7 @@ void arrive(void* fake_stack) {
 void leave(Fiber& fiber) {
   const bool for_ever = fiber.state == Fiber::done;
   __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber.fake_stack, scheduler_stack, scheduler_stack_bytes);
-  swapcontext(&fiber.context, &scheduler);
+  if (!_setjmp(fiber.place)) _longjmp(scheduler, 1);
   arrive(fiber.fake_stack);
 }
 
@@ -86,7 +90,7 @@ void start() {
 }
 
 void prepare(Fiber& fiber) {
-  fiber.state = Fiber::ready;
+  fiber.state = Fiber::fresh;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = stack_bytes;
@@ -175,7 +179,7 @@ bool run_block(const std::vector<int>& threads) {
   for (Fiber& fiber : fibers) prepare(fiber);
   for (;;) {
     for (int t : threads) {
-      if (fibers[t].state == Fiber::ready) enter(t);
+      if (fibers[t].state <= Fiber::ready) enter(t);
     }
     int waiting = -1;
     bool released = false;

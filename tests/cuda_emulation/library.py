@@ -18,6 +18,8 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "cuda"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing", f"-I{HERE}"]
+# Checks of longjmp know nothing of fibers.
+FLAGS.append("-U_FORTIFY_SOURCE")
 
 I32, I64, F64, ADDRESS = ctypes.c_int32, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 BAD_ARGUMENT = -1
@@ -75,9 +77,7 @@ def build(folder: Path) -> ctypes.CDLL:
 
     def compile_one(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")
-        subprocess.run(
-            [COMPILER, *FLAGS, "-O2", "-fPIC", "-x", "c++", "-c", str(source), "-o", target], check=True
-        )
+        subprocess.run([COMPILER, *FLAGS, "-O2", "-fPIC", "-x", "c++", "-c", str(source), "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(2) as pool:
@@ -130,24 +130,23 @@ class Emulated:
         (*operands, groups), (whitening, alignment, diversity, estimator, *results) = rest[:5], rest[5:]
         x = features(sizes, *operands)
         n, anchors = x.rollouts_per_anchor, x.anchors[0] * x.anchors[1] * x.anchors[2]
-        gram = torch.full((anchors * max(groups, 1) * (n + 1) ** 2,), torch.nan, dtype=torch.float64)
+        doubles = max(anchors * groups * (n + 1) ** 2, 1)  # bad sizes are for the kernels to refuse
+        gram = torch.full((doubles,), torch.nan, dtype=torch.float64)
         options = (groups, whitening, alignment, diversity, estimator)
         raise_error(
-            self.library.ebft_cuda_feature_matching(
-                dtype, ctypes.byref(x), *options, address(gram), *results, stream
-            )
+            self.library.ebft_cuda_feature_matching(dtype, ctypes.byref(x), *options, address(gram), *results, stream)
         )
 
     def mean_embedding_forward(self, stream, dtype, sizes, *rest) -> None:
         *operands, unbiased, loss, difference = rest
         x = features(sizes, *operands)
         raise_error(
-            self.library.ebft_cuda_mean_embedding_forward(
-                dtype, ctypes.byref(x), unbiased, loss, difference, stream
-            )
+            self.library.ebft_cuda_mean_embedding_forward(dtype, ctypes.byref(x), unbiased, loss, difference, stream)
         )
 
-    def mean_embedding_backward(self, stream, dtype, sizes, rollouts, strides, grad, difference, unbiased, *out) -> None:
+    def mean_embedding_backward(
+        self, stream, dtype, sizes, rollouts, strides, grad, difference, unbiased, *out
+    ) -> None:
         x = features(sizes, rollouts, strides, 0, [0] * (len(sizes) - 2))
         raise_error(
             self.library.ebft_cuda_mean_embedding_backward(
@@ -158,9 +157,7 @@ class Emulated:
     def pool_features(self, stream, dtype, *rest) -> None:
         *inputs, rollouts, targets = rest
         tokens = self._tokens(*inputs)
-        raise_error(
-            self.library.ebft_cuda_pool_features(dtype, ctypes.byref(tokens), rollouts, targets, stream)
-        )
+        raise_error(self.library.ebft_cuda_pool_features(dtype, ctypes.byref(tokens), rollouts, targets, stream))
 
     def pool_features_backward(self, stream, dtype, *rest) -> None:
         *inputs, grad_rollouts, grad_targets, grads = rest
@@ -196,8 +193,9 @@ def uses_of(tokens: Tokens) -> tuple[Tensor, Tensor]:
     targets = tokens.batch * tokens.anchors
     rows = []
     for at, items in ((tokens.rollout_rows, targets * tokens.samples), (tokens.target_rows, targets)):
-        part = int64_array(at, items * tokens.steps).view(tokens.batch, -1)
-        rows.append((part + tokens.packed * torch.arange(tokens.batch)[:, None]).flatten())
+        part = int64_array(at, items * tokens.steps)
+        batch = torch.arange(tokens.batch).repeat_interleave(len(part) // max(tokens.batch, 1))
+        rows.append(part + tokens.packed * batch)
     row = torch.cat(rows)
     begin = torch.zeros(tokens.batch * tokens.packed + 1, dtype=torch.int64)
     begin[1:] = torch.bincount(row, minlength=tokens.batch * tokens.packed).cumsum(0)

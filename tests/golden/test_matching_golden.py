@@ -6,6 +6,7 @@ and of ``group_norm``.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,10 @@ def pooled_features(case: Case, impl: str) -> tuple[Tensor, Tensor]:
     return pool_features(hidden, layout, pooling=pooling, normalize="none", token_mask=mask, impl=impl)
 
 
-def match(case: Case, impl: str) -> FeatureMatching:
+@functools.cache
+def match(name: str, impl: str) -> FeatureMatching:
+    """Once for the rewards and the advantages of a case: kernels in the interpreter take seconds."""
+    case = load_case(name)
     config = case.config
     return feature_matching(
         *pooled_features(case, impl),
@@ -87,7 +91,7 @@ def match(case: Case, impl: str) -> FeatureMatching:
 @pytest.mark.parametrize("name", case_parameters())
 def test_rewards(name, impl):
     case = load_case(name)
-    result = match(case, impl)
+    result = match(name, impl)
     for field in ("alignment", "diversity", "reward"):
         assert_agrees(case, field, getattr(result, field).transpose(1, 2))  # recorded as [B, n, A, ...]
 
@@ -101,7 +105,7 @@ def advantages_are_comparable(config: dict[str, Any]) -> bool:
 def test_advantages(name, impl):
     case = load_case(name)
     config = case.config
-    advantage = match(case, impl).advantage  # [B, A, n]
+    advantage = match(name, impl).advantage  # [B, A, n]
     # Recorded for token t + 1 at index t of [B*n, S-1], rollout tokens ordered (step, anchor).
     per_token = advantage.movedim(2, 1)[:, :, None].expand(-1, -1, config["generate_length"], -1)
     actual = torch.zeros(config["B"] * config["n"], config["S"] - 1)

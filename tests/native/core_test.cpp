@@ -100,7 +100,7 @@ void run(cpu::Isa isa, cpu::Dtype dtype, int n, int64_t width, int groups) {
   }
 }
 
-// Two layers of 2 packed rows of 5 tokens; 2 anchors, 2 rollouts, 2 steps; tokens that do not count, and rows used twice.
+// Two layers of 2 packed rows of 5 tokens; 2 anchors, 2 rollouts, 2 steps. Some tokens do not count, some are shared.
 template <class T, class Result>
 void run_pooling(cpu::Isa isa, cpu::Dtype dtype, int64_t channels) {
   const int64_t batch = 2, packed = 5, anchors = 2, samples = 2, steps = 2, depth = 2;

@@ -1,4 +1,4 @@
-"""The pooling kernels, in Triton's interpreter unless there is a GPU: every option, every branch, every kind of input."""
+"""The pooling kernels, in Triton's interpreter unless there is a GPU: every option, branch and kind of input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hidden_inputs(layout: StridedLayout, *, layers: int = 2, channels: int = 5, 
 
 
 def some_tokens(layout: StridedLayout) -> Tensor:
-    """In the first row the first window has no token that counts, the second its last; in the second row all but that."""
+    """In the first row no token of the first window counts, of the second the last; in the second row all others."""
     mask = torch.tensor([[False, False, False, False, True], [True, True, True, True, False]], device=DEVICE)
     return mask[: layout.batch_size]
 

@@ -1,0 +1,75 @@
+"""Positions, key ranges and the dense mask, written by the CUDA kernels, against ``StridedLayout``."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebft_kernels import StridedLayout
+from ebft_kernels.testing import LAYOUTS
+
+from .library import layout_struct, raise_error
+
+PROMPT_ONLY = {"prompt_only": lambda: LAYOUTS["documents"]().prompt_only()}
+
+
+def mask_of(emulated, layout: StridedLayout, window: int | None, block: str, *, shift: int = 0) -> Tensor:
+    """The mask, written ``shift`` bytes into a buffer; what surrounds it must stay as it is."""
+    size = layout.batch_size * layout.packed_length**2
+    buffer = torch.full((size + 32,), 7, dtype=torch.uint8)
+    ranges = [r.contiguous() for r in layout.visible_keys(window)]
+    raise_error(
+        emulated.library.ebft_cuda_layout_mask(
+            ctypes.byref(layout_struct(layout)),
+            *(r.data_ptr() for r in ranges),
+            block == "full",
+            buffer[shift:].data_ptr(),
+            None,
+        )
+    )
+    assert (buffer[:shift] == 7).all() and (buffer[shift + size :] == 7).all()
+    mask = buffer[shift : shift + size]
+    assert (mask <= 1).all()
+    return mask.bool().view(layout.batch_size, 1, layout.packed_length, layout.packed_length)
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *PROMPT_ONLY])
+def test_positions_and_key_ranges(emulated, name):
+    layout = {**LAYOUTS, **PROMPT_ONLY}[name]()
+    shape = (layout.batch_size, layout.packed_length)
+    positions = torch.full(shape, -7)
+    ranges = [torch.full(shape, -7, dtype=torch.int32) for _ in range(3)]
+    inputs = (layout.anchors.contiguous(), layout.prompt_start.contiguous())
+    raise_error(
+        emulated.library.ebft_cuda_layout_geometry(
+            ctypes.byref(layout_struct(layout)), *(x.data_ptr() for x in (*inputs, positions, *ranges)), None
+        )
+    )
+    assert torch.equal(positions, layout.position_ids)
+    for actual, expected in zip(ranges, layout.key_ranges, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("block", ("causal", "full"))
+@pytest.mark.parametrize("name", [*LAYOUTS, *PROMPT_ONLY])
+def test_mask(emulated, name, block):
+    layout = {**LAYOUTS, **PROMPT_ONLY}[name]()
+    for window, shift in itertools.product((None, 3), (0, 1, 8)):
+        actual = mask_of(emulated, layout, window, block, shift=shift)
+        assert torch.equal(actual, layout.dense_mask(window, block=block))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        StridedLayout.strided(1, 8300, context=4000, stride=4000, horizon=3, samples=2),
+        StridedLayout.strided(700, 3, context=1, stride=1, horizon=1, samples=1),
+    ],
+    ids=("longer", "shorter"),
+)
+def test_mask_of_rows_longer_and_much_shorter_than_what_a_block_writes(emulated, layout):
+    assert torch.equal(mask_of(emulated, layout, None, "causal"), layout.dense_mask())

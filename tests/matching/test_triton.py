@@ -1,0 +1,370 @@
+"""The matching kernels, in Triton's interpreter unless there is a GPU: every option, branch and kind of input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ebft_kernels import StridedLayout, feature_matching, match_hidden_states, mean_embedding_loss, pool_features
+from ebft_kernels.matching import _triton, _triton_hidden, api
+from ebft_kernels.testing import assert_within_budget, feature_inputs, randn
+
+from ..op_checks import assert_compiles, results_and_gradients
+from . import test_mean_embedding_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOAT32 = torch.finfo(torch.float32).eps
+
+
+def recorded_launches(monkeypatch, module=_triton) -> list[tuple[str, dict[str, int]]]:
+    """The kernels that are launched from now on, with the sizes of their tiles."""
+    launches = []
+
+    def launch(kernel, grid, *args, tiles, **options):
+        launches.append((kernel.__name__, dict(tiles[0].sizes)))
+        return plain(kernel, grid, *args, tiles=tiles, **options)
+
+    plain = module.launch
+    monkeypatch.setattr(module, "launch", launch)
+    return launches
+
+
+def features(*sizes: int, **options) -> tuple[Tensor, Tensor]:
+    return feature_inputs(*sizes, device=DEVICE, **options)
+
+
+def assert_exact(x: Tensor, y: Tensor, **options) -> None:
+    """All is computed in float64 and then rounded to float32, so the results are the reference's but for that.
+
+    That the reference itself is right where groups are rank-deficient is tested against loops elsewhere.
+    """
+    truth = feature_matching(x.double(), y.double(), impl="reference", **options)
+    result = feature_matching(x, y, impl="triton", **options)
+    for name, actual, exact in zip(result._fields, result, truth, strict=True):
+        assert actual.dtype == torch.float32 and actual.shape == exact.shape
+        # group_norm divides what rounding leaves of equal rewards by 1e-9.
+        slack = 1e-15 / 1e-9 if options.get("estimator") == "group_norm" and name == "advantage" else 1e-13
+        assert (actual - exact).abs().max() <= FLOAT32 / 2 * exact.abs().max() * (1 + 1e-6) + 64 * slack, name
+
+
+@pytest.mark.parametrize("whitening", api.WHITENINGS)
+@pytest.mark.parametrize("n", (1, 2, 3, 4, 7, 8, 9, 16, 17))
+def test_every_number_of_rollouts(n, whitening, monkeypatch):
+    launches = recorded_launches(monkeypatch)
+    x, y = features(1, 3 if n < 9 else 2, n, 35, duplicates=True, seed=n)
+    assert_exact(x, y, whitening=whitening, alignment_coef=0.7, diversity_coef=1.3)
+    assert [name for name, _ in launches] == ["match_fwd_kernel" if n <= 16 else "gram_kernel"]
+    if DEVICE == "cpu" and n <= 16:
+        assert launches[0][1]["DISTINCT"] == (n <= 8)
+
+
+@pytest.mark.parametrize("estimator", api.ESTIMATORS)
+@pytest.mark.parametrize(("n", "groups"), [(1, 1), (2, 3), (4, 3), (5, 1)])
+def test_estimators_and_groups(n, groups, estimator):
+    x, y = features(2, 3, n, 36, duplicates=n != 2, seed=n)
+    assert_exact(x, y, whitening="sample", estimator=estimator, groups=groups, diversity_coef=0.1)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize(("n", "size"), [(4, 200), (9, 70), (17, 70)])
+def test_every_dtype_and_several_tiles(n, size, dtype):
+    x, y = features(1, 2, n, size, dtype=dtype)
+    assert_exact(x, y, whitening="feature")
+
+
+@pytest.mark.parametrize("whitening", ("sample", "feature"))
+@pytest.mark.parametrize("distance", (1e-2, 1e-4, 1e-5, 2e-6, 1e-7))
+def test_near_duplicates_on_both_sides_of_the_cut_off(distance, whitening):
+    """Within what the float64 error of the Gram matrix, 1e-16, becomes of a squared singular value ``distance^2``."""
+    x, y = features(1, 3, 4, 36)
+    x[:, :, 2] = x[:, :, 1] + distance * randn(1, 3, 36, seed=9, dtype=torch.float32, device=DEVICE)
+    truth = feature_matching(x.double(), y.double(), whitening=whitening, impl="reference")
+    result = feature_matching(x, y, whitening=whitening, impl="triton")
+    for name, actual, exact in zip(result._fields, result, truth, strict=True):
+        bound = FLOAT32 / 2 * exact.abs().max() + 36 * 1e-15 / max(distance, 1e-5) ** 2
+        assert (actual - exact).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("whitening", ("sample", "feature"))
+def test_more_rollouts_than_features(whitening):
+    assert_exact(*features(1, 3, 7, 4), whitening=whitening)
+
+
+@pytest.mark.parametrize("whitening", ("sample", "feature"))
+def test_what_whitening_makes_of_duplicates(whitening):
+    """Distinct rollouts come out orthonormal, exactly; a pair of equal ones shares one direction."""
+    x, y = features(1, 2, 4, 30)
+    x[:, 1, 3] = x[:, 1, 1]
+    result = feature_matching(x, y, whitening=whitening, impl="triton")
+    assert (result.diversity[0, 0] == 0).all()
+    expected = torch.tensor([0, 1 / 3, 0, 1 / 3], device=DEVICE)
+    assert (result.diversity[0, 1] - expected).abs().max() <= FLOAT32
+    assert result.reward[0, 1, 1] == result.reward[0, 1, 3]
+
+
+@pytest.mark.parametrize("estimator", api.ESTIMATORS)
+@pytest.mark.parametrize("whitening", api.WHITENINGS)
+def test_zero_features_give_zeros(whitening, estimator):
+    x, y = features(1, 3, 4, 10)
+    x[:, 0] = x[:, 1] = 0
+    y[:, 0] = y[:, 2] = 0
+    result = feature_matching(x, y, whitening=whitening, estimator=estimator, groups=2, impl="triton")
+    assert all(z.isfinite().all() and (z[:, 0] == 0).all() for z in result)
+    assert all((z[:, 1] == 0).all() for z in result[1:]) and (result.alignment[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("n", (4, 9, 17))
+@pytest.mark.parametrize("whitening", api.WHITENINGS)
+def test_non_finite_features_stay_in_their_anchor(whitening, n):
+    x, y = features(1, 4 if n == 4 else 2, n, 10)
+    clean = feature_matching(x, y, whitening=whitening, impl="triton")
+    broken = torch.tensor([[False, True, False, True]], device=DEVICE)[:, : x.shape[1]]
+    x[0, 1, 2, 3], x[0, -1, 0, 0] = math.nan, math.inf
+    result = feature_matching(x, y, whitening=whitening, impl="triton")
+    assert result.reward[broken].isnan().any(-1).all()
+    assert all(torch.equal(a[~broken], b[~broken]) for a, b in zip(result, clean, strict=True))
+    masked = feature_matching(x, y, whitening=whitening, valid=~broken, impl="triton")
+    assert all((z[broken] == 0).all() for z in masked)
+
+
+def test_an_anchor_does_not_depend_on_the_others_of_its_program():
+    """Some need more rotations than others."""
+    x, y = features(1, 9, 4, 20, duplicates=True)
+    whole = feature_matching(x, y, whitening="sample", impl="triton")
+    for a in range(9):
+        alone = feature_matching(x[:, a : a + 1], y[:, a : a + 1], whitening="sample", impl="triton")
+        assert all(torch.equal(p[:, a : a + 1], q) for p, q in zip(whole, alone, strict=True))
+
+
+def test_features_per_token_and_strided_inputs():
+    x, y = features(2, 4, 5, 20)
+    wide = randn(2, 2, 3, 2, 21, seed=1, dtype=torch.float32, device=DEVICE)  # [B, A, n, G, F]
+    targets = randn(2, 2, 2, 21, seed=2, dtype=torch.float32, device=DEVICE)
+    views = [
+        (x[:, ::2, 1:4:2, 2:].transpose(0, 1), y[:, ::2, 2:].transpose(0, 1)),
+        (x[:, :, :1].expand(-1, -1, 3, -1), y),
+        (x[..., ::2], y[..., ::2]),
+        (wide[..., 1:], targets[..., 1:]),
+        (wide.transpose(1, 3).contiguous().transpose(1, 3), targets.transpose(0, 1).contiguous().transpose(0, 1)),
+    ]
+    for a, b in views:
+        view = feature_matching(a, b, whitening="sample", impl="triton")
+        dense = feature_matching(a.contiguous(), b.contiguous(), whitening="sample", impl="triton")
+        assert all(torch.equal(p, q) for p, q in zip(view, dense, strict=True))
+        assert_exact(a, b, whitening="sample")
+
+
+@pytest.mark.parametrize("n", (4, 17))
+@pytest.mark.parametrize("shape", ((0, 3), (2, 0)))
+def test_empty_batch(shape, n):
+    x, y = torch.empty(*shape, n, 9, device=DEVICE), torch.empty(*shape, 9, device=DEVICE)
+    result = feature_matching(x, y, whitening="sample", impl="triton")
+    assert [z.shape for z in result] == [shape, *[(*shape, n)] * 4]
+    assert mean_embedding_loss(x, y, reduction="none", impl="triton").shape == shape
+
+
+def test_results_repeat_bitwise():
+    x, y = features(1, 3, 4, 70, duplicates=True)
+    first, second = (feature_matching(x, y, whitening="sample", impl="triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize(
+    ("n", "unbiased"), [(n, unbiased) for n in (1, 2, 5, 17) for unbiased in (False, True) if n > 1 or not unbiased]
+)
+def test_loss_and_its_gradients(n, unbiased, dtype):
+    x, y = (z.requires_grad_() for z in features(1, 3, n, 131, duplicates=True, dtype=dtype))
+    exact = [z.detach().double().requires_grad_() for z in (x, y)]
+
+    options = {"unbiased": unbiased, "reduction": "none"}
+    actual = results_and_gradients(mean_embedding_loss(x, y, impl="triton", **options), (x, y))
+    plain = results_and_gradients(test_mean_embedding_loss.eager(x, y, unbiased).float(), (x, y))
+    truth = results_and_gradients(mean_embedding_loss(*exact, impl="reference", **options), exact)
+    assert [z.dtype for z in actual] == [torch.float32, dtype, dtype]
+    for name, *tensors in zip(("loss", "grad rollouts", "grad targets"), actual, plain, truth, strict=True):
+        assert_within_budget(*tensors, name)
+
+
+@pytest.mark.parametrize("unbiased", (False, True))
+def test_loss_of_strided_inputs_repeats_bitwise(unbiased):
+    x, y = features(2, 6, 8, 20)
+    views = (x[:, ::2, 1:7:2, 1:].transpose(0, 1), y[:, ::2, 1:].transpose(0, 1))
+    results = []
+    for tensors in (views, views, [z.contiguous() for z in views]):
+        leaves = [z.detach().requires_grad_() for z in tensors]
+        loss = mean_embedding_loss(*leaves, unbiased=unbiased, reduction="none", impl="triton")
+        results.append(results_and_gradients(loss, leaves))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_equal_features_have_no_unbiased_loss_but_rounding():
+    """Each term is 1e4: a difference of sums of products would leave 1e-3 of them."""
+    x = 100 * torch.ones(1, 1, 4, 131, device=DEVICE)
+    loss = mean_embedding_loss(x, x[:, :, 0] + 1e-3, unbiased=True, reduction="none", impl="triton")
+    assert abs(loss.item() - 131 * float((x[0, 0, 0, 0] + 1e-3) - 100) ** 2) <= 131 * FLOAT32 * 1e-6
+
+
+def layout_of(samples: int) -> StridedLayout:
+    return StridedLayout.strided(2, 7, context=2, stride=2, horizon=2, samples=samples, device=DEVICE)
+
+
+def hidden_inputs(layout: StridedLayout, *, layers: int = 2, channels: int = 5, dtype=torch.float32) -> list[Tensor]:
+    """Layers of different size, whose tokens have much in common, and with equal rollouts at every other anchor."""
+    hidden = []
+    for i in range(layers):
+        shape = (layout.batch_size, layout.packed_length, channels)
+        x = (1 + i) * (randn(1, 1, channels, seed=9) + 0.5 * randn(*shape, seed=i))
+        if layout.samples > 1:
+            layout.to("cpu").rollouts(x)[:, ::2, 1] = layout.to("cpu").rollouts(x)[:, ::2, 0]
+        hidden.append(x.to(device=DEVICE, dtype=dtype))
+    return hidden
+
+
+def some_tokens(layout: StridedLayout) -> Tensor:
+    """In the first row no token of the first window counts, and of the second the last."""
+    mask = torch.ones(layout.batch_size, layout.length, dtype=torch.bool, device=DEVICE)
+    mask[0, :5] = False
+    return mask
+
+
+HIDDEN = [
+    ("last_token", "joint", 1, "sample", False),
+    ("last_token", "joint", 2, "feature", True),
+    ("last_token", "per_layer", 1, "sample", False),
+    ("last_token", "none", 2, "none", True),
+    ("token", "joint", 2, "sample", True),
+    ("token", "per_layer", 1, "none", False),
+    ("concat", "joint", 1, "sample", True),
+    ("concat", "per_layer", 2, "feature", False),
+    ("concat", "none", 1, "none", True),
+]
+
+
+def assert_matches_hidden_states(layout, hidden, **options) -> None:
+    """As the two calls one after the other in float64 do, and no further from them than those in float32."""
+    exact = [h.double() for h in hidden]
+    truth = match_hidden_states(exact, layout, impl="reference", **options)
+    plain = match_hidden_states([h.float() for h in hidden], layout, impl="torch", **options)
+    result = match_hidden_states(hidden, layout, impl="triton", **options)
+    for name, *tensors in zip(result._fields, result, plain, truth, strict=True):
+        assert tensors[0].dtype == torch.float32
+        assert_within_budget(*tensors, name)
+
+
+@pytest.mark.parametrize(("pooling", "normalize", "groups", "whitening", "masked"), HIDDEN)
+def test_from_hidden_states(pooling, normalize, groups, whitening, masked, monkeypatch):
+    launches = recorded_launches(monkeypatch, _triton_hidden)
+    layout = layout_of(4)
+    options = {"pooling": pooling, "normalize": normalize, "groups": groups, "whitening": whitening}
+    mask = some_tokens(layout) if masked else None
+    assert_matches_hidden_states(layout, hidden_inputs(layout), token_mask=mask, diversity_coef=0.3, **options)
+    assert [name for name, _ in launches] == ["match_hidden_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("n", "dtype"), [(1, torch.float32), (3, torch.bfloat16), (5, torch.float16), (9, torch.float32)]
+)
+def test_from_hidden_states_of_several_tiles(n, dtype):
+    layout = StridedLayout.strided(1, 5, context=2, stride=1, horizon=2, samples=n, device=DEVICE)
+    hidden = hidden_inputs(layout, layers=2, channels=70, dtype=dtype)
+    valid = torch.tensor([[True, False]], device=DEVICE)
+    assert_matches_hidden_states(layout, hidden, whitening="sample", estimator="group_norm", valid=valid)
+
+
+@pytest.mark.parametrize(
+    ("samples", "changes"), [(2, {"pooling": "mean"}), (2, {"groups": 5}), (17, {"whitening": "sample"})]
+)
+def test_what_goes_through_stored_features(samples, changes, monkeypatch):
+    hidden_launches = recorded_launches(monkeypatch, _triton_hidden)
+    launches = recorded_launches(monkeypatch)
+    layout = StridedLayout.strided(1, 5, context=2, stride=2, horizon=2, samples=samples, device=DEVICE)
+    hidden = hidden_inputs(layout)
+    result = match_hidden_states(hidden, layout, impl="triton", **changes)
+    pooling = {"pooling": changes.pop("pooling", "last_token")}
+    expected = feature_matching(*pool_features(hidden, layout, impl="triton", **pooling), impl="triton", **changes)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert not hidden_launches and len(launches) == 2
+
+
+def test_hidden_states_are_read_where_they_are():
+    """Views whose channels lie side by side; what is not finite stays in its anchor."""
+    layout = layout_of(2)
+    wide = torch.cat(hidden_inputs(layout, channels=6), -1)
+    views = [wide[..., 1:6], wide[..., 7:12]]
+    expected = match_hidden_states([v.contiguous() for v in views], layout, whitening="sample", impl="triton")
+    result = match_hidden_states(views, layout, whitening="sample", impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    layout.rollouts(wide)[0, 1, 0, -1, 2] = math.nan
+    broken = match_hidden_states(views, layout, whitening="sample", impl="triton")
+    assert broken.reward[0, 1].isnan().any()
+    elsewhere = torch.ones(2, 2, dtype=torch.bool, device=DEVICE)
+    elsewhere[0, 1] = False
+    assert all(torch.equal(a[elsewhere], b[elsewhere]) for a, b in zip(broken, expected, strict=True))
+
+
+@pytest.mark.parametrize("pooling", ("last_token", "token"))
+def test_registration(pooling):
+    layout = layout_of(2)
+    x, y = features(1, 2, 3, 6)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    torch.library.opcheck(api._matching_op, (x, y, "sample", 1.0, 0.5, "rloo", 2, "triton"), **checks)
+    torch.library.opcheck(api._mean_embedding_op, (x, y, True, "triton"), **checks)
+    grads = (randn(1, 2, seed=1, dtype=torch.float32, device=DEVICE), x, y, True, "triton")
+    torch.library.opcheck(api._mean_embedding_backward_op, grads, **checks)
+    rows = api.feature_rows(layout, None, last_only=pooling == "last_token")
+    arguments = (hidden_inputs(layout), *rows, pooling, "joint", "none", 1.0, 1.0, "rloo", 1)
+    torch.library.opcheck(api._hidden_op, arguments, **checks)
+
+
+def test_compiles_without_breaks():
+    layout = layout_of(2)
+
+    def match(x, y, hidden):
+        loss = mean_embedding_loss(x, y, unbiased=True, impl="triton")
+        return loss, feature_matching(x, y, impl="triton"), match_hidden_states(hidden, layout, impl="triton")
+
+    calls = [(*features(1, 2, 3, 6), hidden_inputs(layout)) for _ in range(2)]
+    assert_compiles(match, calls, graphs=1)
+
+
+LAYOUT = StridedLayout.strided(2, 7, context=2, stride=2, horizon=2, samples=2)
+ARGUMENTS = {"hidden_states": [torch.zeros(2, LAYOUT.packed_length, 3)], "layout": LAYOUT}
+BAD = [
+    ({"hidden_states": []}, ValueError, "hidden_states: expected at least one tensor"),
+    ({"layout": 3}, TypeError, "layout: expected a StridedLayout, got int"),
+    (
+        {"hidden_states": [torch.zeros(2, LAYOUT.packed_length, 0)]},
+        ValueError,
+        "hidden_states: expected at least one channel",
+    ),
+    ({"pooling": "max"}, ValueError, "pooling: expected one of"),
+    ({"normalize": "l2"}, ValueError, "normalize: expected one of"),
+    ({"whitening": "zca"}, ValueError, "whitening: expected one of"),
+    ({"estimator": "grpo"}, ValueError, "estimator: expected one of"),
+    ({"groups": 2}, ValueError, "groups: expected a divisor of F = 3, got 2"),
+    ({"valid": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"valid: expected shape \[B=2, A=2\]"),
+    ({"impl": "fast"}, ValueError, "impl: expected one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        match_hidden_states(**{**ARGUMENTS, **change})
+
+
+@pytest.mark.parametrize("impl", ("auto", "torch", "reference"))
+def test_other_implementations_are_the_two_calls(impl):
+    layout = layout_of(3)
+    hidden = [h.double() for h in hidden_inputs(layout)]
+    valid = torch.tensor([[True, False], [True, True]], device=DEVICE)
+    options = {"whitening": "feature", "estimator": "group_norm", "groups": 2, "valid": valid, "impl": impl}
+    result = match_hidden_states(hidden, layout, pooling="token", normalize="per_layer", **options)
+    pooled = pool_features(hidden, layout, pooling="token", normalize="per_layer", impl=impl)
+    expected = feature_matching(*pooled, **options)
+    assert result.reward.shape == (2, 2, 3, 2) and result.reward.dtype == torch.float64
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
