@@ -7,13 +7,14 @@ import functools
 from ._triton import Target, Tile
 
 # Attention, per family and kernel, for heads of up to 64, 128 and 256 numbers of 16 bits. forward, dq and step:
-# (BLOCK_M, BLOCK_N, BLOCK_E, warps, stages); dkdv and own, its launch over the rollouts' keys: (BLOCK_M, BLOCK_N, warps,
-# stages). All are what compiles without spills; that, not shared memory, is what limits them.
+# (BLOCK_M, BLOCK_N, BLOCK_E, warps, stages); dkdv and own, its launch over the rollouts' keys: (BLOCK_M, BLOCK_N,
+# warps, stages). All are what compiles without spills; that, not shared memory, is what limits them.
 #
 # * BLOCK_M = 128 (row, head) pairs are the rollouts of one or two anchors at the usual 4 to 8 heads per group: one
 #   triangle's worth of waste at their own tokens. Edge tiles are as narrow as the instructions take without waiting for
 #   loads longer than they compute.
 # * dkdv keeps two accumulators, [BLOCK_N, D] and [BLOCK_N, DV]; own keys are seen by few rows, hence narrow tiles.
+#   Where a softcap or a window would make it spill there is a row for that, dkdv_options.
 _ATTENTION: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     # mma.sync takes the keys from registers: 32 keys of 128 numbers at a time. All fit into the 99 KB of sm_86, sm_89
     # and sm_120; on sm_80, which has more, registers leave room for one program per processor just the same.
@@ -21,7 +22,7 @@ _ATTENTION: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "forward": ((128, 64, 32, 8, 3), (128, 32, 32, 8, 3), (64, 32, 32, 8, 2)),
         "dq": ((128, 64, 32, 8, 2), (128, 32, 32, 8, 2), (64, 16, 16, 8, 2)),
         "dkdv": ((32, 64, 4, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
-        "own": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        "own": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
         "step": ((64, 64, 32, 4, 2), (64, 32, 32, 4, 3), (32, 32, 32, 4, 2)),
     },
     # wgmma takes keys and queries from shared memory, 64 rows per four warps.
@@ -29,26 +30,28 @@ _ATTENTION: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "forward": ((128, 128, 64, 8, 2), (128, 64, 64, 8, 3), (128, 32, 32, 8, 2)),
         "dq": ((128, 64, 32, 8, 2), (128, 64, 32, 8, 2), (64, 32, 32, 8, 2)),
         "dkdv": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2)),
-        "own": ((64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
+        "dkdv_options": ((64, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 2)),
+        "own": ((64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)),
         "step": ((64, 64, 32, 4, 3), (64, 64, 32, 4, 3), (32, 32, 32, 4, 2)),
     },
     # tcgen05 accumulates outside the registers, 64 or 128 rows at a time.
     "sm_100": {
         "forward": ((128, 64, 64, 8, 3), (128, 64, 64, 8, 3), (64, 32, 32, 8, 2)),
         "dq": ((128, 64, 32, 8, 2), (128, 64, 32, 8, 2), (64, 32, 32, 8, 2)),
-        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 1)),
-        "own": ((64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        "dkdv": ((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+        "dkdv_options": ((64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 8, 2)),
+        "own": ((64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
         "step": ((64, 64, 32, 4, 3), (64, 64, 32, 4, 3), (64, 32, 32, 8, 2)),
     },
     # CDNA keeps the masks of a tile in scalar registers, 64 bits per comparison: narrow masked tiles. 64 KB to share.
     "gfx": {
-        "forward": ((128, 64, 16, 8, 2), (128, 64, 16, 8, 2), (64, 32, 16, 4, 1)),
-        "dq": ((128, 64, 16, 8, 2), (128, 32, 16, 8, 1), (64, 16, 16, 8, 1)),
+        "forward": ((128, 64, 16, 8, 2), (128, 64, 16, 8, 2), (32, 32, 16, 4, 1)),
+        "dq": ((128, 64, 16, 8, 2), (64, 32, 16, 4, 1), (64, 16, 16, 8, 1)),
         "dkdv": ((16, 64, 4, 2), (16, 64, 4, 1), (16, 32, 4, 1)),
-        "own": ((32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1)),
-        "step": ((64, 32, 16, 4, 2), (64, 64, 16, 4, 2), (32, 32, 16, 4, 1)),
+        "own": ((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 8, 1)),
+        "step": ((64, 16, 16, 4, 2), (64, 64, 16, 4, 2), (32, 32, 16, 4, 1)),
     },
-    # float32 in IEEE precision has no matrix instructions: products are unrolled, and small tiles keep them in registers.
+    # float32 in IEEE precision has no matrix instructions: unrolled products, whose registers want small tiles.
     "float32": {
         "forward": ((32, 16, 16, 8, 1), (32, 16, 16, 8, 1), (16, 16, 16, 8, 1)),
         "dq": ((32, 16, 16, 8, 1), (32, 16, 16, 8, 1), (16, 16, 16, 8, 1)),
@@ -69,20 +72,23 @@ _ATTENTION: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
 
 @functools.cache
 def attention_tiles(kernel: str, target: Target, size: int, value_size: int, itemsize: int) -> list[Tile]:
-    """Tiles of an attention kernel ("forward", "dq", "dkdv", "own", "step") for heads of these sizes, best guess first.
+    """Tiles of an attention kernel (a key of the table) for heads of these sizes, best guess first.
 
-    The other candidates have another number of stages or half the rows; all of dkdv have the same BLOCK_M, which the
-    bounds that are prepared for it depend on.
+    The other candidates have one stage less or half the rows, and so fit where the first one does. All of dkdv have the
+    same BLOCK_M, which the bounds that are prepared for it depend on.
     """
     family = "interpreter" if target.arch == "interpreter" else "float32" if itemsize > 2 else _family(target)
-    rows = _ATTENTION[family][kernel]
+    table = _ATTENTION[family]
+    rows = table["dkdv"] if kernel == "dkdv_options" and kernel not in table else table[kernel]
     largest = max(size, value_size)
     *blocks, warps, stages = rows[min((largest > 64) + (largest > 128), len(rows) - 1)]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_E")
-    first = Tile(dict(zip(names, blocks, strict=False)), warps, stages)
+    # Left to itself the assembler spills in unrolled float32 products rather than take more than 64 registers.
+    registers = 255 if family == "float32" else None
+    first = Tile(dict(zip(names, blocks, strict=False)), warps, stages, max_registers=registers)
     if family == "interpreter":
         return [first]
-    tiles = [first, first._replace(num_stages=1 if stages > 1 else 2)]
+    tiles = [first] if stages == 1 else [first, first._replace(num_stages=stages - 1)]
     if kernel in ("forward", "dq") and blocks[0] > 64:
         tiles.append(Tile({**first.sizes, "BLOCK_M": blocks[0] // 2}, warps // 2, stages))
     return tiles
@@ -156,7 +162,7 @@ def matching_tiles(target: Target, n: int, itemsize: int, *, layers: bool = Fals
 
 
 @functools.cache
-def gram_tiles(target: Target, itemsize: int) -> list[Tile]:
+def gram_tiles(target: Target) -> list[Tile]:
     """Tiles of ``gram_kernel``: 32 x 32 float64 sums are 16 registers per thread."""
     if target.arch == "interpreter":
         return [Tile({"ROWS": 16, "BLOCK": 64}, 1)]

@@ -48,9 +48,13 @@ Launcher = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Non
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def why_not(device_type: str) -> str:
     """Why the kernels cannot run on tensors of this device type; "" if they can."""
+    return _why_not(device_type)
+
+
+@functools.cache
+def _why_not(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type == "cpu":

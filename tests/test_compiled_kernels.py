@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import _binaries, compiled_kernels
+from bench._documents import drift, write
 from bench._targets import GPUS, programs_in_flight
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,11 +28,29 @@ def kernel_names() -> set[str]:
     return found
 
 
+@pytest.mark.timeout(1800)  # some minutes on two cores, if nobody else works on them
 def test_the_document_is_what_the_kernels_compile_to_and_nothing_is_wrong_with_them():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.compiled_kernels", "--check"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{result.stderr[-6000:]}\nIf this is wanted: {compiled_kernels.COMMAND}"
+
+
+def test_drift_is_shown_with_the_command_that_mends_it(tmp_path):
+    path = tmp_path / "document.md"
+    assert drift(path, "one\n", "python -m tool")[0].endswith("If the change is wanted: python -m tool, and commit it.")
+    write(path, "one\ntwo\n")
+    assert drift(path, "one\ntwo\n", "python -m tool") == []
+    assert drift(path, "one\nthree\n", "python -m tool")[-2:] == ["-two", "+three"]
+
+
+def test_a_kernel_that_does_not_compile_is_named_and_hides_no_other(monkeypatch):
+    def call():
+        raise RuntimeError("first line\nlast line")
+
+    monkeypatch.setattr(compiled_kernels, "_calls", lambda: {"broken": call})
+    (row,) = compiled_kernels._compile_case(("sm_90", "broken"))
+    assert row.case == "broken" and row.problems == ("does not compile: RuntimeError: last line",)
 
 
 def test_the_document_has_every_kernel_on_every_architecture():
@@ -43,7 +62,7 @@ def test_the_document_has_every_kernel_on_every_architecture():
 
 def test_the_document_is_of_the_version_that_is_tested():
     (pinned,) = re.findall(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), flags=re.M)
-    assert f"with Triton {pinned}." in compiled_kernels.DOCUMENT.read_text(encoding="utf-8")
+    assert f"with Triton {pinned};" in compiled_kernels.DOCUMENT.read_text(encoding="utf-8")
 
 
 GOOD = _binaries.Binary(

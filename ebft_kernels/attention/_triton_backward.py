@@ -406,7 +406,8 @@ def backward(
     repeat, groups = heads // kv_heads, batch * kv_heads
     fixed = constants(q, v, repeat, softcap, window)
     shape = (target_of(device), fixed["PAD_D"], fixed["PAD_DV"], q.itemsize)
-    tiles = attention_tiles("dkdv", *shape)
+    plain = softcap is None and window is None
+    tiles = attention_tiles("dkdv" if plain else "dkdv_options", *shape)
     ranges = [x.contiguous() for x in ranges]
 
     def query_tiles(size):

@@ -189,7 +189,7 @@ def _gram(rollouts: Tensor, targets: Tensor, geometry: tuple[int, ...], align: i
         groups,
         n,
         device=rollouts.device,
-        tiles=gram_tiles(target_of(rollouts.device), rollouts.element_size()),
+        tiles=gram_tiles(target_of(rollouts.device)),
         C=features // groups,
         ALIGN=align,
     )

@@ -183,6 +183,7 @@ BAD = [
     ({"scale": -1.0}, ValueError, "scale: expected a finite number above 0, got -1.0"),
     ({"window": 0}, ValueError, "window: expected at least 1, got 0"),
     ({"window": 2.0}, TypeError, "window: expected an int, got float"),
+    ({"block": "both"}, ValueError, "block: expected one of 'causal', 'full'; got 'both'"),
     ({"impl": "fast"}, ValueError, "impl: expected one of"),
     ({"impl": "native"}, ValueError, "impl: strided_attention has no implementation 'native' on cpu"),
 ]

@@ -110,6 +110,22 @@ def test_errors_at_head_dims(head_dim, dtype):
     assert_variant_within_budget({}, dtype, "torch", ["odd", "one_sample"], head_dim=head_dim)
 
 
+@pytest.mark.parametrize("window", (None, 1, 3))
+@pytest.mark.parametrize("name", ("odd", "documents", "arbitrary"))
+def test_a_full_block_adds_the_later_tokens_of_the_own_rollout(name, window):
+    layout = LAYOUTS[name]()
+    rollout = torch.arange(layout.packed_length) - layout.length
+    rollout = (rollout // layout.horizon).where(rollout >= 0, -1)
+    row = torch.arange(layout.packed_length)
+    later = (rollout[:, None] == rollout) & (rollout >= 0) & (row > row[:, None])
+    full = layout.dense_mask(window, block="full")
+    assert later.any() and torch.equal(full, layout.dense_mask(window) | later)
+    batch, query, key = torch.meshgrid(torch.arange(layout.batch_size), row, row, indexing="ij")
+    assert torch.equal(layout.mask_mod(window, block="full")(batch, None, query, key), full[:, 0])
+    with pytest.raises(ValueError, match="block: expected one of 'causal', 'full'; got 'half'"):
+        layout.dense_mask(block="half")
+
+
 def gradcheck(variant: str, impl: str) -> bool:
     layout = StridedLayout.from_anchors(torch.tensor([[2, 5], [3, -1]]), 7, horizon=2, samples=2)
     tensors, options = attend_inputs(layout, VARIANTS[variant], torch.float64, head_dim=3)

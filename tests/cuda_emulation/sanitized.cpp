@@ -127,14 +127,15 @@ void write_layout(int64_t prompt, int64_t shift) {
 int main() {
   for (int dtype = 0; dtype < 4; ++dtype) {
     for (int64_t shift = 0; shift < 2; ++shift) {
-      for (int64_t n : {1, 2, 4, 7, 16, 17}) {
-        for (int64_t width : {1, 24, 37}) match(dtype, n, width, shift);
-      }
-      match(dtype, 3, 700, shift);
+      for (int64_t n : {1, 2, 4, 7}) match(dtype, n, n % 2 ? 24 : 37, shift);
+      match(dtype, 4, 24, shift);
+      match(dtype, 17, 5, shift);
       for (int pooling = 0; pooling < 4; ++pooling) pool(dtype, 9 + 7 * shift, shift, pooling, pooling % 3);
       for (int pooling = 0; pooling < 4; ++pooling) pool(dtype, 16, 0, pooling, (pooling + 1) % 3);
     }
   }
+  match(1, 3, 700, 0);
+  match(2, 16, 37, 1);
   for (int64_t prompt : {2, 5, 90}) write_layout(prompt, prompt % 2);
   std::printf("passed\n");
 }
