@@ -515,9 +515,7 @@ def _window_is_whole(anchors: Tensor, lengths: Tensor, prompt_start: Tensor, hor
 
 def _written_by_kernels(x: Tensor) -> bool:
     """Whether what belongs to ``x`` is written by Triton kernels: on a GPU, unless the code is being traced."""
-    return (
-        not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cuda" and not why_not("cuda")
-    )
+    return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cuda" and not why_not("cuda")
 
 
 def _geometry(anchors: Tensor, prompt_start: Tensor, horizon: int, samples: int) -> tuple[Tensor, KeyRanges]:

@@ -11,6 +11,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
 
+from ebft_kernels import available_impls
+
+
+def cpu_impls(op: str) -> tuple[str, ...]:
+    """Implementations of ``op`` that run on this CPU; kernels in an interpreter have tests of their own."""
+    return tuple(impl for impl in available_impls(op, "cpu") if impl != "triton")
+
 
 def assert_compiles(function: Callable[..., Any], calls: Iterable[Sequence[Any]], *, graphs: int) -> None:
     """Compile ``function`` without graph breaks, make all calls, expect the eager results and that many graphs.

@@ -52,6 +52,17 @@ __global__ void forgets_a_barrier_kernel(double* out) {
   out[threadIdx.x] = x[(threadIdx.x + 63) % 64];
 }
 
+__global__ void overwrites_too_early_kernel(double* out) {
+  __shared__ double x[2];
+  out[threadIdx.x] = 0;
+  for (int i = 0; i < 2; ++i) {
+    if (threadIdx.x % 32 == 0) x[threadIdx.x / 32] = i;
+    __syncthreads();
+    out[threadIdx.x] += x[0] + x[1];
+    __syncwarp();
+  }
+}
+
 __global__ void writes_beyond_kernel(double* out) {
   dynamic_shared()[threadIdx.x + 1] = 1;
   out[threadIdx.x] = 1;
@@ -74,6 +85,7 @@ extern "C" EbftCudaStatus emulation_run_broken(int which, double* out) {
       {"reads_unwritten_kernel", reads_unwritten_kernel},
       {"reads_unwritten_dynamic_kernel", reads_unwritten_dynamic_kernel},
       {"forgets_a_barrier_kernel", forgets_a_barrier_kernel},
+      {"overwrites_too_early_kernel", overwrites_too_early_kernel},
       {"writes_beyond_kernel", writes_beyond_kernel},
   };
   return launch(kernels[which].name, kernels[which].kernel, 1, 64, 64 * sizeof(double), nullptr, out);

@@ -166,35 +166,50 @@ std::pair<unsigned char*, size_t> shared_memory() {
   return found;
 }
 
-// The order in which threads get their turns.
-std::vector<int> turns() {
-  std::vector<int> threads(fibers.size());
-  std::iota(threads.begin(), threads.end(), 0);
-  if (order == 1) std::reverse(threads.begin(), threads.end());
-  if (order > 1) std::shuffle(threads.begin(), threads.end(), std::mt19937(order));
-  return threads;
+// The threads of each warp in the order in which they get their turns, and the warps likewise.
+std::vector<std::vector<int>> turns() {
+  std::vector<std::vector<int>> warps((fibers.size() + warp_size - 1) / warp_size);
+  for (int t = 0; t < int(fibers.size()); ++t) warps[t / warp_size].push_back(t);
+  std::mt19937 random(order);
+  const auto arrange = [&](auto& items) {
+    if (order == 1) std::reverse(items.begin(), items.end());
+    if (order > 1) std::shuffle(items.begin(), items.end(), random);
+  };
+  for (auto& warp : warps) arrange(warp);
+  arrange(warps);
+  return warps;
 }
 
-bool run_block(const std::vector<int>& threads) {
-  for (Fiber& fiber : fibers) prepare(fiber);
-  for (;;) {
-    for (int t : threads) {
+// Runs a warp until all its threads have ended or wait for other warps, or for somebody who does not come.
+void run_warp(const std::vector<int>& warp) {
+  for (bool released = true; released;) {
+    for (int t : warp) {
       if (fibers[t].state <= Fiber::ready) enter(t);
     }
-    int waiting = -1;
-    bool released = false;
-    for (int t = 0; t < int(fibers.size()); ++t) {
-      if (fibers[t].state != Fiber::waiting) continue;
-      if (missing(t) < 0) {
-        release(t);
-        released = true;
-      } else if (waiting < 0) {
-        waiting = t;
-      }
+    released = false;
+    for (int t : warp) {
+      if (fibers[t].state != Fiber::waiting || fibers[t].wait.mask == 0 || missing(t) >= 0) continue;
+      release(t);
+      released = true;
     }
-    if (released) continue;
-    if (waiting >= 0) failure = describe(waiting);
-    return waiting < 0;
+  }
+}
+
+// Each warp runs ahead of the others as far as it can: what it overwrites too early then, others have not read.
+bool run_block(const std::vector<std::vector<int>>& warps) {
+  for (Fiber& fiber : fibers) prepare(fiber);
+  for (;;) {
+    for (const auto& warp : warps) run_warp(warp);
+    int waiting = -1;
+    for (int t = int(fibers.size()); t-- > 0;) {
+      if (fibers[t].state == Fiber::waiting) waiting = t;
+    }
+    if (waiting < 0) return true;
+    if (missing(waiting) >= 0) {
+      failure = describe(waiting);
+      return false;
+    }
+    release(waiting);
   }
 }
 
@@ -219,7 +234,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
   }
   fibers.resize(threads);
   body = &thread;
-  const std::vector<int> in_turn = turns();
+  const std::vector<std::vector<int>> in_turn = turns();
   const auto [shared, shared_bytes] = shared_memory();
   auto* dynamic = reinterpret_cast<unsigned char*>(ebft::cuda::dynamic_shared_memory);
   for (blockIdx.z = 0; blockIdx.z < gridDim.z; ++blockIdx.z) {
@@ -250,5 +265,5 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorLaunchFailure ? emulation::failure.c_str() : "invalid configuration argument";
 }
 
-// 0: threads take turns in ascending order; 1: descending; else: in an order that depends on the number.
+// 0: threads, and warps, take turns in ascending order; 1: descending; else in an order that depends on the number.
 extern "C" void emulation_set_order(int order) { emulation::order = order; }

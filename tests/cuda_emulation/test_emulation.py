@@ -6,7 +6,8 @@ import pytest
 import torch
 
 ORDERS = (0, 1, 2)
-SOUND, ENDS_EARLY, WAITS_ELSEWHERE, SHUFFLES_ALONE, UNWRITTEN, UNWRITTEN_DYNAMIC, FORGETS_A_BARRIER, BEYOND = range(8)
+SOUND, ENDS_EARLY, WAITS_ELSEWHERE, SHUFFLES_ALONE = range(4)
+UNWRITTEN, UNWRITTEN_DYNAMIC, FORGETS_A_BARRIER, OVERWRITES_TOO_EARLY, BEYOND = range(4, 9)
 
 
 def run(emulated, which: int, order: int) -> tuple[torch.Tensor, str]:
@@ -53,3 +54,10 @@ def test_unwritten_shared_memory_is_nan(emulated, which):
 def test_a_race_shows_when_threads_run_in_another_order(emulated):
     ascending, descending, shuffled = (run(emulated, FORGETS_A_BARRIER, order)[0] for order in ORDERS)
     assert not torch.equal(ascending, descending) and not torch.equal(ascending, shuffled)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_warps_run_ahead_of_others_that_have_not_read_yet(emulated, order):
+    """Each thread should add 0 + 0 and 1 + 1; the second warp to run adds what the first has written since."""
+    out, message = run(emulated, OVERWRITES_TOO_EARLY, order)
+    assert not message and not torch.equal(out, torch.full_like(out, 2))

@@ -73,3 +73,10 @@ def test_mask(emulated, name, block):
 )
 def test_mask_of_rows_longer_and_much_shorter_than_what_a_block_writes(emulated, layout):
     assert torch.equal(mask_of(emulated, layout, None, "causal"), layout.dense_mask())
+
+
+@pytest.mark.parametrize("batch_size", range(1, 17))
+def test_masks_that_end_anywhere_within_16_bytes(emulated, batch_size):
+    layout = StridedLayout.strided(batch_size, 3, context=1, stride=5, horizon=1, samples=2)
+    assert layout.packed_length == 5
+    assert torch.equal(mask_of(emulated, layout, None, "causal"), layout.dense_mask())

@@ -90,12 +90,12 @@ def test_every_width(features, dtype):
 def test_any_alignment_and_any_strides(dtype):
     x, y = feature_inputs(2, 6, 8, 53, dtype=dtype)
     tokens = x.unflatten(1, (3, 2)).movedim(2, 3), y.unflatten(1, (3, 2))  # [B, A, n, G, F], [B, A, G, F]
-    padded = torch.nn.functional.pad(x, (0, 11))[..., :53], torch.nn.functional.pad(y, (0, 11))[..., :53]
+    padded = [torch.nn.functional.pad(z, (0, 11), value=torch.nan)[..., :53] for z in (x, y)]
     views = [
         (x[:, ::2, 1:7:2, 2:].transpose(0, 1), y[:, ::2, 2:].transpose(0, 1)),
         (x[:, :, :1].expand(-1, -1, 4, -1), y),
         (x[..., ::2], y[..., ::2]),
-        padded,  # rows begin at multiples of 16 bytes, F is odd
+        tuple(padded),  # rows begin at multiples of 16 bytes, F is odd
         (padded[0], y),
         tokens,
     ]
@@ -171,6 +171,23 @@ def test_loss_and_gradients_within_the_error_budget(n, features, unbiased, dtype
     assert [z.dtype for z in actual] == [torch.float32, dtype, dtype]
     for name, *tensors in zip(("loss", "grad rollouts", "grad targets"), actual, plain, truth, strict=True):
         assert_within_budget(*tensors, name)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_16_bit_numbers_are_read_right_and_rounded_to_nearest_even(dtype):
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    every = every[every.isfinite()]
+    module = matching.api.implementation("mean_embedding_loss", "native")
+    like = every.view(1, 1, 1, -1)
+    _, difference = module.mean_embedding_forward(like, torch.zeros_like(like[:, 0]), False)
+    assert torch.equal(difference.flatten(), every.float())
+    numbers = every.float().sort().values
+    middle = (numbers[1:].double() + numbers[:-1].double()).div(2).float()  # ties
+    numbers = torch.cat([numbers, middle, middle.nextafter(numbers[1:]), middle.nextafter(numbers[:-1])])
+    numbers = torch.cat([numbers, torch.tensor([1e30, -1e30, math.inf, -math.inf, 65519.0, 65520.0])])
+    grad, like = torch.full((1, 1), -0.5), torch.zeros(1, 1, 1, len(numbers), dtype=dtype)
+    _, rounded = module.mean_embedding_backward(grad, like, numbers.view(1, 1, -1), False)
+    assert torch.equal(rounded.flatten(), numbers.to(dtype))
 
 
 @pytest.mark.parametrize("unbiased", (False, True))

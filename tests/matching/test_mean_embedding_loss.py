@@ -12,9 +12,9 @@ from ebft_kernels import mean_embedding_loss
 from ebft_kernels.matching import api
 from ebft_kernels.testing import assert_within_budget, feature_inputs, randn
 
-from ..op_checks import assert_compiles, results_and_gradients
+from ..op_checks import assert_compiles, cpu_impls, results_and_gradients
 
-IMPLS = ("reference", "torch")
+IMPLS = cpu_impls("mean_embedding_loss")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -12,9 +12,9 @@ from ebft_kernels import StridedLayout, feature_matching, pool_features
 from ebft_kernels.pooling import _torch, api
 from ebft_kernels.testing import LAYOUTS, assert_within_budget, randn
 
-from ..op_checks import assert_compiles, fastest, results_and_gradients
+from ..op_checks import assert_compiles, cpu_impls, fastest, results_and_gradients
 
-IMPLS = ("reference", "torch")
+IMPLS = cpu_impls("pool_features")
 EPS = torch.finfo(torch.float64).eps
 OPTIONS = list(itertools.product(api.POOLINGS, api.NORMALIZATIONS))
 
