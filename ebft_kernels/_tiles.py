@@ -94,6 +94,10 @@ def attention_tiles(kernel: str, target: Target, size: int, value_size: int, ite
     return tiles
 
 
+def _lanes(target: Target) -> int:
+    return 64 if target.arch.startswith("gfx") else 32
+
+
 def _family(target: Target) -> str:
     if target.arch.startswith("gfx"):
         return "gfx"
@@ -103,16 +107,15 @@ def _family(target: Target) -> str:
 
 
 @functools.cache
-def attention_row_tiles(block: int) -> list[Tile]:
-    """Tiles of the kernels that only read and write rows: of ``block`` pairs."""
-    return [Tile({"BLOCK_M": block}, 4)]
+def attention_row_tiles(target: Target, block: int, size: int) -> list[Tile]:
+    """Tiles of the kernels that only read and write rows, of ``size`` numbers: of ``block`` pairs.
+
+    No more warps than have 8 numbers for each thread, which are 16 bytes at 16 bits.
+    """
+    return [Tile({"BLOCK_M": block}, min(max(block * size // (8 * _lanes(target)), 1), 4))]
 
 
 # Memory-bound kernels: enough bytes in flight, no spills; registers are what runs out.
-
-
-def _lanes(target: Target) -> int:
-    return 64 if target.arch.startswith("gfx") else 32
 
 
 @functools.cache

@@ -60,7 +60,7 @@ def _why_not(device_type: str) -> str:
     if device_type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return ""
-        return "on the CPU they run in Triton's interpreter only, for tests: set TRITON_INTERPRET=1 before starting"
+        return "on the CPU only in Triton's interpreter, for tests: TRITON_INTERPRET=1 in the environment"
     if device_type != "cuda":
         return f"there are none for {device_type}"
     if not torch.cuda.is_available():

@@ -12,20 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _native, _triton
 from ._dispatch import OPS, select_impl, why_not
 from ._self_test import Case, cases
 from .testing import LAYOUTS, error_budget
 
 
 def build_info() -> dict[str, str]:
-    """Versions, device, and for each op the implementation that ``impl="auto"`` takes, the others there are, and why
-    some are not."""
+    """Versions, device, what was compiled and which kernels can run or why not, and for each op the implementation that
+    ``impl="auto"`` takes and the others."""
     device = _default_device()
     info = {
         "ebft-kernels": _version("ebft-kernels") or "not installed (imported from a source folder)",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "native": _native.build_info(),
         "triton": _version("triton") or "not installed",
         "threads": str(torch.get_num_threads()),
         "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -33,9 +34,10 @@ def build_info() -> dict[str, str]:
     }
     for op, (_, impls) in OPS.items():
         chosen = select_impl(op, device, torch.float32)
-        others = [impl for impl in impls if impl != chosen]
-        states = [f"{impl}: {reason}" if (reason := why_not(impl, device)) else impl for impl in others]
-        info[op] = f"{chosen} on {device.type} (others: {', '.join(states)})"
+        missing = [impl for impl in impls if why_not(impl, device)]
+        others = [impl for impl in impls if impl not in (chosen, *missing)]
+        info[op] = f"{chosen} on {device.type}; also there: {', '.join(others)}"
+        info[op] += f"; not there: {', '.join(missing)}" if missing else ""
     return info
 
 

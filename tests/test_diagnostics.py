@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ebft_kernels
-from ebft_kernels import diagnostics
+from ebft_kernels import _triton, diagnostics
 from ebft_kernels._dispatch import OPS
 from ebft_kernels.attention import _torch as torch_attention
 
@@ -30,14 +30,17 @@ def wrong_lines(capsys) -> list[str]:
     return [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
 
 
-def test_build_info_names_the_chosen_implementation_of_every_op_and_why_others_are_missing(without_triton):  # noqa: ARG001
+@pytest.mark.usefixtures("without_triton")
+def test_build_info_names_the_chosen_implementation_of_every_op_and_what_is_missing(monkeypatch):
+    monkeypatch.setattr(_triton, "why_not", lambda _device_type: "there is no GPU")
     info = ebft_kernels.build_info()
     assert info["torch"] == torch.__version__
-    assert info["triton"] and info["target"]
+    assert info["triton"] and info["native"]
+    assert info["target"] == "no Triton kernels: there is no GPU"
     for op, (_, impls) in OPS.items():
-        assert info[op].startswith(f"{ebft_kernels.select_impl(op, 'cpu', torch.float32)} on cpu ")
-        assert all(impl in info[op] for impl in impls)
-        assert ("triton: there is no GPU" in info[op]) == ("triton" in impls)
+        present, _, missing = info[op].partition("; not there: ")
+        assert present.startswith(f"{ebft_kernels.select_impl(op, 'cpu', torch.float32)} on cpu; also there: ")
+        assert all((impl in missing) if impl == "triton" else (impl in info[op]) for impl in impls)
 
 
 def test_self_test_covers_every_op_and_passes(capsys):

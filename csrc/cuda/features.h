@@ -27,8 +27,6 @@ inline __device__ Anchor find_anchor(const EbftCudaFeatures& features, int64_t a
 
 inline int64_t count_anchors(const EbftCudaFeatures& x) { return x.anchors[0] * x.anchors[1] * x.anchors[2]; }
 
-inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
-
 // Whether every rollout, and every target, starts at a multiple of 16 bytes.
 inline bool rollouts_are_aligned(const EbftCudaFeatures& x) {
   bool aligned = is_aligned(x.rollouts);

@@ -26,6 +26,8 @@ inline EbftCudaStatus null_address(const char* name) {
   return status;
 }
 
+inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
 // Threads for a row of `count` elements that are read 16 bytes at a time: whole warps, none of them idle.
 inline int threads_for(int64_t count, int64_t element_bytes) {
   const int64_t warp_bytes = 16 * warp_size, bytes = count * element_bytes;
@@ -47,9 +49,9 @@ EbftCudaStatus launch(const char* name, void (*kernel)(Parameters...), int64_t b
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-    cudaGetLastError();  // a failed launch is reported once, here
   }
   if (error == cudaSuccess) return status;
+  cudaGetLastError();  // this error is reported here, and not once more by whoever asks next
   status.error = int32_t(error);
   snprintf(status.message, sizeof status.message, "%s (%lld blocks of %d threads, %lld bytes of shared memory): %s: %s",
            name, static_cast<long long>(blocks), threads, static_cast<long long>(shared_bytes),

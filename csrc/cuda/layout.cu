@@ -28,12 +28,12 @@ __global__ void __launch_bounds__(most_threads)
 
 // What one row sees.
 struct Visible {
-  int64_t prefix_start;
-  int64_t prefix_end;
-  int64_t own_start;
-  int64_t own_end;
+  int32_t prefix_start;
+  int32_t prefix_end;
+  int32_t own_start;
+  int32_t own_end;
 
-  __device__ bool operator[](int64_t key) const {
+  __device__ bool operator[](int32_t key) const {
     return (key >= prefix_start && key < prefix_end) || (key >= own_start && key < own_end);
   }
 };
@@ -48,26 +48,25 @@ __global__ void __launch_bounds__(most_threads)
                 const int32_t* own_start, bool full, bool aligned, uint8_t* mask) {
   const PackedSizes sizes = sizes_of(layout);
   const int64_t packed = sizes.packed(), rows = layout.batch * packed;
-  // One long division for the block; what is left for its threads fits into 32 bits.
+  // Long divisions once for the block; what is left for its threads fits into 32 bits.
   const int64_t first = int64_t(blockIdx.x) * block_bytes, first_row = first / packed;
-  const uint32_t start = uint32_t(first % packed), width = uint32_t(packed);
-  const auto look_at = [&](int64_t row) {
-    const int64_t known = row < rows ? row : rows - 1;
-    return Visible{prefix_start[known], prefix_end[known], own_start[known],
-                   own_end(sizes, known % packed, full)};
+  const uint32_t width = uint32_t(packed), start = uint32_t(first % packed), row_start = uint32_t(first_row % packed);
+  const auto look_at = [&](uint32_t down) {  // at the row so far below the first one
+    const int64_t row = first_row + down < rows ? first_row + down : rows - 1;
+    const int64_t end = own_end(sizes, (row_start + down) % width, full);
+    return Visible{prefix_start[row], prefix_end[row], own_start[row], int32_t(end)};
   };
   for (int i = 0; i < stores; ++i) {
     const uint32_t offset = 16 * (i * most_threads + threadIdx.x);
-    int64_t row = first_row + (start + offset) / width;
-    uint32_t key = (start + offset) % width;
-    Visible visible = look_at(row);
+    uint32_t down = (start + offset) / width, key = (start + offset) % width;
+    Visible visible = look_at(down);
     uint8_t seen[16];
 #pragma unroll
     for (int v = 0; v < 16; ++v) {
-      seen[v] = visible[key];
+      seen[v] = visible[int32_t(key)];
       if (++key < width) continue;
       key = 0;
-      visible = look_at(++row);
+      visible = look_at(++down);
     }
     const int64_t left = rows * packed - first - offset;
     uint8_t* out = mask + first + offset;
@@ -132,7 +131,6 @@ EbftCudaStatus ebft_cuda_layout_mask(const EbftCudaLayout* layout, const int32_t
   if (!own_start) return null_address("own_start");
   if (!mask) return null_address("mask");
   const int64_t bytes = layout->batch * packed * packed;
-  const bool aligned = reinterpret_cast<uintptr_t>(mask) % 16 == 0;
   return launch("mask_kernel", mask_kernel, (bytes + block_bytes - 1) / block_bytes, most_threads, 0, stream, *layout,
-                prefix_start, prefix_end, own_start, full != 0, aligned, mask);
+                prefix_start, prefix_end, own_start, full != 0, is_aligned(mask), mask);
 }

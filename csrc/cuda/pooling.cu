@@ -67,13 +67,14 @@ __device__ void find_scales(const EbftCudaTokens& tokens, int64_t batch, int64_t
     if (threadIdx.x == 0) scales[l * stride] = weight * token_scale(square[0]);
   }
   if (normalization == Normalization::per_layer) return;
-  block_sum(joint);
+  if (normalization == Normalization::joint) block_sum(joint);
   if (threadIdx.x != 0) return;
   const double scale = normalization == Normalization::none ? weight : weight * token_scale(joint[0]);
   for (int l = 0; l < tokens.layers; ++l) scales[l * stride] = scale;
 }
 
-// Block: one token; with "mean", one item and all its K tokens. Shared memory: `scales` [L, tokens] and `rows` [tokens].
+// Block: one token; with "mean", one item and all its K tokens. In shared memory: `scales` [L, tokens], then `rows`
+// [tokens].
 template <class T>
 __global__ void __launch_bounds__(most_threads, 4)
     pool_fwd_kernel(const __grid_constant__ EbftCudaTokens tokens, bool aligned, Sum<T>* rollouts, Sum<T>* targets) {
@@ -232,8 +233,6 @@ __global__ void __launch_bounds__(most_threads, 4)
     write(uses, at, l, l + together, measure(uses, at, l, l + together), grads);
   }
 }
-
-bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 // Whether every row that is read, of `element_bytes` per channel, starts at a multiple of 16 bytes.
 bool rows_are_aligned(const EbftCudaTokens& x, int64_t element_bytes) {

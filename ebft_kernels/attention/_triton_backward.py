@@ -429,7 +429,7 @@ def backward(
         *out.stride()[:3],
         *sizes,
         device=device,
-        tiles=attention_row_tiles(block),
+        tiles=attention_row_tiles(shape[0], block, fixed["PAD_DV"]),
         **{name: fixed[name] for name in ("R", "DV", "PAD_DV", "WINDOW")},
     )
     factors = (scale, *score_factors(scale, softcap))

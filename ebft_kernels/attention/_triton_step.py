@@ -248,7 +248,7 @@ def step(
             lambda x: (ceil_div(count, x["BLOCK_M"]),),
             *(parts, lse, out, splits, count),
             device=device,
-            tiles=attention_row_tiles(max(1, 1024 // fixed["PAD_DV"])),
+            tiles=attention_row_tiles(target, max(1, 1024 // fixed["PAD_DV"]), fixed["PAD_DV"]),
             DV=fixed["DV"],
             PAD_DV=fixed["PAD_DV"],
         )

@@ -14,7 +14,7 @@ from .._tiles import gram_tiles, matching_tiles, mean_embedding_tiles
 from .._triton import launch, target_of
 from . import _torch
 from ._triton_core import loss_of, store_results, whiten
-from ._triton_gram import as_matrices, distinct_products, matrices_by_dot
+from ._triton_gram import as_matrices, distinct_products, matrices_by_dot, product_operand
 
 #: Most rollouts whose eigen-problem is solved inside the kernel; above, only the Gram matrix is made there.
 MAX_SAMPLES = 16
@@ -242,7 +242,7 @@ def gram_kernel(
         columns = begin + tl.arange(0, BLOCK)
         x = _load_vectors(rollouts, targets, first, columns, stride, n, C, ROWS)
         y = _load_vectors(rollouts, targets, second, columns, stride, n, C, ROWS)
-        k = tl.dot(x, tl.trans(y), k, out_dtype=tl.float64)
+        k = tl.dot(product_operand(x), product_operand(tl.trans(y)), k, out_dtype=tl.float64)
     i, j = first + tl.arange(0, ROWS)[:, None], second + tl.arange(0, ROWS)[None, :]
     exists = (i <= n) & (j <= n)
     gram += part * (n + 1) * (n + 1)

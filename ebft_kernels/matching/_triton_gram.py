@@ -53,6 +53,16 @@ def as_matrices(products, n: tl.constexpr, A: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def product_operand(x):
+    """``x`` [X, Y] float64, as it is, for ``tl.dot``.
+
+    Triton (seen in 3.8) lays out the operands of a product by the width in which their numbers were loaded, and fails
+    for float64 products of what were 16 bits. It does not look through a sum, here over an axis of size 1.
+    """
+    return tl.sum(x[:, :, None], 2)
+
+
+@triton.jit
 def matrices_by_dot(rows, target, C: tl.constexpr, n: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     """The same three for one anchor of many rollouts, by matrix products. ``rows``: [N] pointers; ``target``: one."""
     k = tl.zeros((N, N), tl.float64)
@@ -64,7 +74,7 @@ def matrices_by_dot(rows, target, C: tl.constexpr, n: tl.constexpr, N: tl.conste
         x = tl.load(rows[:, None] + columns[None, :], mask=exists & (columns < C)[None, :], other=0.0)  # [N, BLOCK]
         y = tl.load(target + columns, mask=columns < C, other=0.0)  # [BLOCK]
         x, y = x.to(tl.float32).to(tl.float64), y.to(tl.float32).to(tl.float64)
-        k = tl.dot(x, tl.trans(x), k, out_dtype=tl.float64)
+        k = tl.dot(product_operand(x), product_operand(tl.trans(x)), k, out_dtype=tl.float64)
         v += x * y[None, :]
         t += y * y
     return k[None, :, :], tl.sum(v, 1)[None, :], tl.sum(t[None, :], 1)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import subprocess
 
 import pytest
+import torch
 
+from ebft_kernels.testing import LAYOUTS
+
+from ..cuda_emulation.library import Status, layout_struct
 from . import cuda_binaries
 
 needs_nvcc = pytest.mark.skipif(cuda_binaries.NVCC is None, reason="there is no nvcc on PATH")
@@ -73,3 +79,23 @@ def test_spills_would_be_seen(tmp_path):
     narrow = by_name["narrow_kernel"]
     assert narrow.spilled == narrow.stack == narrow.count("LDG.128") == 0
     assert cuda_binaries.disassembler() is None or narrow.count("LDG") == 1
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the addresses of this test are not its own")
+def test_without_a_gpu_a_call_returns_what_failed(tmp_path):
+    """The real launch code and the real runtime, in a library that needs no CUDA library to be loaded."""
+    library = tmp_path / "layout.so"
+    command = [cuda_binaries.NVCC, *cuda_binaries.FLAGS, "-arch=sm_90", "-shared", "-cudart", "static"]
+    source = str(cuda_binaries.KERNELS / "layout.cu")
+    subprocess.run([*command, "-Xcompiler", "-fPIC,-Wall,-Wextra", source, "-o", str(library)], check=True)
+    function = ctypes.CDLL(str(library)).ebft_cuda_layout_mask
+    function.restype = Status
+    layout = LAYOUTS["strided"]()
+    addresses = [ctypes.c_void_p(r.data_ptr()) for r in layout.key_ranges]
+    mask = torch.empty(layout.batch_size * layout.packed_length**2, dtype=torch.uint8)
+    status = function(ctypes.byref(layout_struct(layout)), *addresses, 0, ctypes.c_void_p(mask.data_ptr()), None)
+    assert status.error > 0
+    blocks = -(-len(mask) // 8192)
+    expected = f"mask_kernel ({blocks} blocks of 128 threads, 0 bytes of shared memory): cudaError"
+    assert status.message.decode().startswith(expected)
