@@ -125,8 +125,9 @@ def compiling(gpu: Gpu) -> Iterator[list[Launch]]:
     target = GPUTarget("hip", gpu.arch, 64) if gpu.is_amd else GPUTarget("cuda", int(gpu.arch.removeprefix("sm_")), 32)
     driver.set_active(_NoDriver(target))
     _triton._run = recorded
+    # What follows a kernel in plain PyTorch works on whatever was in memory: an eigen-solver may refuse it.
     try:
-        with standing_in(gpu, launcher):
+        with standing_in(gpu, launcher), contextlib.suppress(torch.linalg.LinAlgError):
             yield launches
     finally:
         _triton._run = run

@@ -166,10 +166,10 @@ def matching_tiles(target: Target, n: int, itemsize: int, *, layers: bool = Fals
 
 @functools.cache
 def gram_tiles(target: Target) -> list[Tile]:
-    """Tiles of ``gram_kernel``: 32 x 32 float64 sums are 16 registers per thread."""
+    """Tiles of ``gram_kernel``: with fewer threads it spills where float64 has no matrix instructions."""
     if target.arch == "interpreter":
         return [Tile({"ROWS": 16, "BLOCK": 64}, 1)]
-    return [Tile({"ROWS": 32, "BLOCK": 32}, 4)]
+    return [Tile({"ROWS": 32, "BLOCK": 32}, 256 // _lanes(target))]
 
 
 @functools.cache
