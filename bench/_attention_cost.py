@@ -13,7 +13,7 @@ from ebft_kernels.attention._visits import visited_tiles
 
 from ._cases import attention, attention_step
 from ._targets import Gpu, standing_in
-from .shapes import Geometry, ModelShape
+from .shapes import Geometry, ModelShape, visible_pairs
 
 #: Goal of the forward kernel: operations done over operations needed.
 ATTENTION_GOAL = 1.15
@@ -35,13 +35,6 @@ class MaskCost(NamedTuple):
     pairs: int
 
 
-def needed_pairs(rows: StridedLayout) -> int:
-    """(query, key) pairs per head that may attend, over the whole batch."""
-    start, end, own = rows.key_ranges
-    row = torch.arange(rows.packed_length)
-    return int((end - start + row + 1 - own).sum())
-
-
 def mask_costs(geometry: Geometry) -> list[MaskCost]:
     """What the mask costs of one batch row by other means; the first entry is what is needed."""
     rows = geometry._replace(batch=1).layout()
@@ -52,7 +45,7 @@ def mask_costs(geometry: Geometry) -> list[MaskCost]:
     reference = single.dense_mask()[0, 0][order][:, order]
     copies, length = geometry.samples, len(order)
     return [
-        MaskCost("needed, prompt once", rows.packed_length, needed_pairs(rows)),
+        MaskCost("needed, prompt once", rows.packed_length, visible_pairs(rows)),
         MaskCost("needed, prompt per sample", copies * length, copies * int(reference.sum())),
         MaskCost("FlexAttention, packed order", rows.packed_length, block_pairs(packed, FLEX_BLOCK)),
         MaskCost("FlexAttention, reference order", copies * length, copies * block_pairs(reference, FLEX_BLOCK)),
@@ -120,7 +113,7 @@ def attention_costs(
         scores = visited_tiles(rows, kernel, repeat, sizes, step=step).scores
         return scores, scores // sizes[block]
 
-    visible = needed_pairs(rows)
+    visible = visible_pairs(rows)
     walk = visited("forward", tiles["strided_attention_fwd_kernel"])
     fwd = cost("fwd", 2, visible, *walk, 2 * q + 2 * k + statistic + ranges, 2 * q + statistic, 2 * row)
     walk = visited("dq", tiles["strided_attention_dq_kernel"])

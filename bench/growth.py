@@ -23,8 +23,7 @@ from typing import NamedTuple
 import torch
 
 from .measure import machine_line
-from .problems import visible_pairs
-from .shapes import MODELS, Geometry, ModelShape
+from .shapes import MODELS, Geometry, ModelShape, visible_pairs
 from .step import OURS, Setup
 
 AXES = {

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import ebft_kernels
-from ebft_kernels import StridedLayout, available_impls
+from ebft_kernels import available_impls
 from ebft_kernels.testing import attention_inputs, eager_attention, error_budget, feature_inputs, randn
 
 from .baselines import attention, features
-from .shapes import Geometry, ModelShape
+from .shapes import Geometry, ModelShape, visible_pairs
 
 Tensors = tuple[Tensor, ...]
 
@@ -130,13 +130,6 @@ def _attention_yardsticks(mask: Tensor, scale: float) -> tuple[Callable[[Tensors
         lambda inputs, how=how: (eager_attention(*inputs, mask, scale=scale, how=how),)
         for how in ("normalize first", "normalize last", "fused")
     )
-
-
-def visible_pairs(layout: StridedLayout) -> int:
-    """Pairs of a query row and a key that it sees, in the whole batch."""
-    start, end, own = layout.key_ranges
-    rows = torch.arange(layout.packed_length, device=layout.device)
-    return int(((end - start).clamp_min(0) + (rows + 1 - own).clamp_min(0)).sum())
 
 
 def attention_step_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Problem:

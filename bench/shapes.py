@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from ebft_kernels import StridedLayout
 
 
@@ -61,3 +63,10 @@ class Geometry(NamedTuple):
 
     def __str__(self) -> str:
         return f"B={self.batch} P={self.length} c={self.context} s={self.stride} G={self.horizon} n={self.samples}"
+
+
+def visible_pairs(layout: StridedLayout) -> int:
+    """Pairs of a query row and a key that it sees, per head, in the whole batch."""
+    start, end, own = layout.key_ranges
+    row = torch.arange(layout.packed_length, device=layout.device)
+    return int((end - start + row + 1 - own).sum())

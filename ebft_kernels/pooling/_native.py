@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
+from ._common import empty_features
 
 _POOLINGS = {"last_token": 0, "mean": 1, "concat": 2, "token": 3}
 _NORMALIZATIONS = {"joint": 0, "per_layer": 1, "none": 2}
@@ -32,10 +33,7 @@ def forward(
         normalize: "joint", "per_layer" or "none".
     """
     hidden = [_native.rows(x) for x in hidden_states]
-    steps, width = rollout_rows.shape[-1], len(hidden) * hidden[0].shape[-1]
-    shape = (steps, width) if pooling == "token" else (steps * width if pooling == "concat" else width,)
-    dtype = torch.promote_types(hidden[0].dtype, torch.float32)
-    rollouts, targets = (hidden[0].new_empty(*x.shape[:-1], *shape, dtype=dtype) for x in (rollout_rows, target_rows))
+    rollouts, targets = empty_features(hidden, rollout_rows, target_rows, pooling)
     index = [x if x is None else x.contiguous() for x in (rollout_rows, target_rows, weight)]
     _native.library().pool_features(
         *_native.execution(),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._tiles import pooling_tiles
 from .._triton import launch, target_of
+from ._common import empty_features
 
 _EPS = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
 
@@ -32,13 +33,7 @@ def forward(
     """Features [B, A, n, F] and [B, A, F], with a K axis before F for ``"token"``, as ``_torch.forward``."""
     first = hidden_states[0]
     layers, channels, steps = len(hidden_states), first.shape[2], rollout_rows.shape[3]
-    shape = {"token": (steps, layers * channels), "concat": (steps * layers * channels,)}.get(
-        pooling, (layers * channels,)
-    )
-    rollouts, targets = (
-        torch.empty(*rows.shape[:-1], *shape, dtype=torch.float32, device=first.device)
-        for rows in (rollout_rows, target_rows)
-    )
+    rollouts, targets = empty_features(hidden_states, rollout_rows, target_rows, pooling)
     *hidden, align = addresses(hidden_states)
     batch_size, anchors, samples, _ = rollout_rows.shape
     mean = pooling == "mean"

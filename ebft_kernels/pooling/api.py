@@ -11,6 +11,7 @@ from .._checks import FLOATING, check_option, check_tensor
 from .._dispatch import implementation, resolve_impl
 from ..layout import StridedLayout
 from . import _reference
+from ._common import empty_features
 
 POOLINGS = ("last_token", "mean", "concat", "token")
 NORMALIZATIONS = ("joint", "per_layer", "none")
@@ -123,11 +124,7 @@ def _forward_op(hidden_states, rollout_rows, target_rows, weight, pooling, norma
 
 @_forward_op.register_fake
 def _(hidden_states, rollout_rows, target_rows, _weight, pooling, *_rest):
-    first = hidden_states[0]
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    steps, width = rollout_rows.shape[-1], len(hidden_states) * first.shape[-1]
-    shape = (steps, width) if pooling == "token" else (steps * width if pooling == "concat" else width,)
-    return tuple(first.new_empty(*rows.shape[:-1], *shape, dtype=dtype) for rows in (rollout_rows, target_rows))
+    return empty_features(hidden_states, rollout_rows, target_rows, pooling)
 
 
 @torch.library.custom_op(

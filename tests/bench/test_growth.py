@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import growth
-from bench.shapes import MODELS, Geometry, ModelShape
+from bench.shapes import MODELS, Geometry, ModelShape, visible_pairs
 from bench.step import Setup
 
 
@@ -23,7 +23,7 @@ def test_operations_are_those_of_a_forward_pass_with_a_dense_mask_but_for_the_pa
     rows = setup.layout.packed_length
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         setup.model.model(torch.zeros(2, rows, dtype=torch.long))
-    unseen = 2 * rows**2 - growth.visible_pairs(setup.layout)
+    unseen = 2 * rows**2 - visible_pairs(setup.layout)
     assert growth.operations(shape, geometry) == counter.get_total_flops() - unseen * 4 * 8 * 4 * 3
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bench.__main__ import measure
-from bench.problems import PROBLEMS, Contestant, errors, visible_pairs
+from bench.problems import PROBLEMS, Contestant, errors
 from bench.report import markdown, plot, write_json
-from bench.shapes import Geometry, ModelShape
+from bench.shapes import Geometry, ModelShape, visible_pairs
 from ebft_kernels import StridedLayout
 
 MODEL = ModelShape("small", 24, 64, 4, 4, 2, 16, 97)
