@@ -1,5 +1,6 @@
 // The Python module ebft_kernels._C. Tensors arrive as addresses, sizes and strides, so that one binary serves every
 // version of torch; the callers in Python check and allocate, and what is cheap to check is checked again here.
+#include "cpu/attention.h"
 #include "cpu/matching.h"
 #include "cpu/pooling.h"
 
@@ -165,6 +166,43 @@ void pool_features_backward(int isa, int threads, int dtype, const Sizes& sizes,
   cpu::pool_features_backward(run, type, hidden, sizes[2], rows, options, rollouts_in, targets_in, out);
 }
 
+// Address and the strides, in bytes, of all axes but the last of a tensor [B, heads, rows, size].
+using Heads = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+cpu::HeadTensor head_tensor(const Heads& x, bool needed) {
+  const auto [address, batch, head, row] = x;
+  return {pointer(address, needed), batch, head, row};
+}
+
+// `sizes`: B, H, Hkv, D, Dv, P, A, n, G, step.
+cpu::StepSizes step_sizes(const Sizes& x) {
+  require(x.size() == 10, "sizes: expected 10");
+  for (int64_t size : x) require(size >= 0, "sizes: expected no negative one");
+  require(x[2] >= 1 && x[1] >= 1 && x[1] % x[2] == 0, "sizes: expected key heads that divide the query heads");
+  require(x[3] >= 1 && x[4] >= 1, "sizes: expected heads of at least one number");
+  require(x[9] < x[8], "step: expected less than the horizon");
+  return {x[0], x[1], x[2], x[3], x[4], {x[5], x[6], x[7], x[8]}, x[9]};
+}
+
+void strided_attention_step(int isa, int threads, int dtype, const Sizes& sizes, const Heads& queries,
+                            const Heads& keys, const Heads& values, uintptr_t sinks, uintptr_t prefix_start,
+                            uintptr_t prefix_end, uintptr_t own_start, double scale, double softcap, int64_t window,
+                            uintptr_t out) {
+  const cpu::Execution run = execution(isa, threads);
+  const auto type = checked_enum<cpu::Dtype>("dtype", dtype, 4);
+  const cpu::StepSizes step = step_sizes(sizes);
+  require(softcap >= 0, "softcap: expected none (0) or a positive one");
+  require(window >= 0, "window: expected none (0) or a positive one");
+  const bool needed = step.batch * step.packed.anchors * step.packed.samples > 0;
+  const cpu::HeadTensor q = head_tensor(queries, needed), k = head_tensor(keys, needed), v = head_tensor(values, needed);
+  const auto range = [&](uintptr_t x) { return static_cast<const int32_t*>(pointer(x, needed)); };
+  const cpu::KeyRanges ranges = {range(prefix_start), range(prefix_end), range(own_start)};
+  const auto* sink = static_cast<const double*>(pointer(sinks, false));
+  void* to = pointer(out, needed);
+  const py::gil_scoped_release unlocked;
+  cpu::strided_attention_step(run, type, step, q, k, v, sink, ranges, {scale, softcap, window}, to);
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (int i = 0; i < cpu::isa_count(); ++i) names.emplace_back(cpu::isa_name(cpu::Isa(i)));
@@ -191,4 +229,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("mean_embedding_backward", &mean_embedding_backward);
   m.def("pool_features", &pool_features);
   m.def("pool_features_backward", &pool_features_backward);
+  m.def("strided_attention_step", &strided_attention_step);
 }

@@ -28,6 +28,31 @@ struct Execution {
   int threads;
 };
 
+// One query of one head: what it sees, and where its result goes.
+struct AttentionRow {
+  const void* query;       // [D]
+  int64_t start, end;      // of the shared keys
+  const void* own_keys;    // the first of `own_count`
+  const void* own_values;
+  int64_t own_count;
+  double sink;             // one more logit, whose value is 0; -infinity: none
+  void* out;               // [Dv]
+};
+
+// Queries that share keys and values. Strides in bytes; those of a row's own keys and values are the same.
+struct AttentionTile {
+  const AttentionRow* rows;
+  int count;
+  const void* keys;
+  const void* values;
+  int64_t key_stride;
+  int64_t value_stride;
+  int64_t key_size;
+  int64_t value_size;
+  double scale;
+  double softcap;  // 0: none
+};
+
 // Rows are contiguous and need no alignment. Sums are float64, but for those of weighted_sum, in an order that depends
 // on the instruction set and the length of the rows alone.
 struct Kernels {
@@ -57,6 +82,11 @@ struct Kernels {
   // out = token * row + grad * sum_k scales_k * grads_k, in the type of the row.
   void (*gradient)(const void* row, double token, double grad, const void* const* grads, const double* scales,
                    int grads_count, int64_t count, void* out);
+
+  // For decoding. Every row sees at least one key. Sums and statistics are float32 (float64 for float64). `memory`,
+  // aligned to 64 bytes, has attention_memory(tile) of them.
+  void (*attend)(const AttentionTile& tile, void* memory);
+  int64_t (*attention_memory)(int rows, int64_t key_size, int64_t value_size);
 };
 
 // The instruction sets that this machine can run, the best last.

@@ -5,4 +5,6 @@
 #define EBFT_LANES 2
 #define EBFT_WHOLE 4
 #define EBFT_BLOCK 3
+#define EBFT_ROWS 4
+#define EBFT_COLS 2
 #include "kernels_of_isa.h"

@@ -5,6 +5,8 @@
 //   EBFT_LANES  doubles per vector
 //   EBFT_WHOLE  most rows whose products all stay in registers
 //   EBFT_BLOCK  rows per block beyond that
+//   EBFT_ROWS   queries of a block of scores that stays in registers
+//   EBFT_COLS   and vectors of keys
 
 #define EBFT_INLINE static inline __attribute__((always_inline))
 #define EBFT_UNROLL _Pragma("GCC unroll 8")
@@ -21,9 +23,12 @@ namespace {
 
 #include "rows.h"
 
+#include "attend.h"
+
 template <class T>
 constexpr Kernels kernels_of = {gram<T>,   mean_difference<T>, mean_embedding_gradients<T>,
-                                square<T>, weighted_sum<T>,    products<T>, gradient<T>};
+                                square<T>, weighted_sum<T>,    products<T>, gradient<T>,
+                                attend<T>, attention_memory<T>};
 
 }  // namespace
 
