@@ -62,7 +62,8 @@ template <class S>
 EBFT_INLINE WholeVector<S> capped(WholeVector<S> x, S softcap) {
   using V = WholeVector<S>;
   using Integers = typename Whole<S>::Integers;
-  const Integers sign = (Integers)x & (Integers)(V{} - S(0));
+  const V minus_zero = -V{};
+  const Integers sign = (Integers)x & (Integers)minus_zero;
   const V y = (V)((Integers)(x / softcap) ^ sign);  // |x / softcap|
   const auto [scale, rest] = exponential<S>(-2 * y);
   const V less_one = scale * rest + (scale - 1);
@@ -217,7 +218,7 @@ static void pack_block(const AttentionTile& tile, int64_t first, int count, cons
   }
 }
 
-// Scores of EBFT_ROWS queries, from `index` on, with the keys [first, last) of the block, whole vectors and more.
+// Scores of EBFT_ROWS queries, from `index` on, with the keys of the block from `first` to `last` or somewhat beyond.
 template <class S>
 EBFT_INLINE void score_block(const AttentionTile& tile, int index, int first, int last,
                              const AttentionMemory<S>& memory) {
@@ -294,7 +295,9 @@ static void attend_block(const AttentionTile& tile, int index, int64_t start, in
     last = ends[i] > last ? ends[i] : last;
   }
   if (first >= last) return;
-  const int low = first / lanes * lanes, high = int(round_up(last, lanes));
+  constexpr int step = EBFT_COLS * lanes;
+  static_assert(block_keys % step == 0, "scores are written in steps");
+  const int low = first / step * step, high = int(round_up(last, lanes));
   score_block<S>(tile, index, low, high, memory);
   S factors[EBFT_ROWS];
   for (int i = 0; i < EBFT_ROWS; ++i) {
@@ -319,7 +322,14 @@ static void attend(const AttentionTile& tile, void* scratch) {
     start = smaller(start, row.start);
     end = row.end > end ? row.end : end;
   }
-  for (int64_t first = start; first < end; first += block_keys) {
+  for (int i = tile.count; i % EBFT_ROWS; ++i) {  // company for the last rows
+    for (int64_t f = 0; f < memory.depth; ++f) memory.queries[i * memory.depth + f] = 0;
+    for (int64_t f = 0; f < memory.width; ++f) memory.sums[i * memory.width + f] = 0;
+    for (int lane = 0; lane < lanes; ++lane) memory.totals[i * lanes + lane] = 0;
+    memory.highest[i] = 0;
+  }
+  // Blocks begin where they do for any other tile, so that no result depends on who shares one.
+  for (int64_t first = start / block_keys * block_keys; first < end; first += block_keys) {
     const int count = int(smaller(block_keys, end - first));
     pack_block<T>(tile, first, count, memory);
     for (int i = 0; i < tile.count; i += EBFT_ROWS) attend_block<S>(tile, i, first, count, memory);

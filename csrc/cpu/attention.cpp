@@ -37,8 +37,8 @@ void check_ranges(const StepSizes& sizes, const StepOptions& options, const KeyR
   for (int64_t batch = 0; batch < sizes.batch; ++batch) {
     for (int64_t number = 0; number < sizes.packed.anchors * sizes.packed.samples; ++number) {
       const Visible seen = visible_to(sizes, options, ranges, batch, number);
-      const bool inside = seen.start >= 0 && seen.end <= sizes.packed.prompt && seen.own >= sizes.packed.prompt;
-      if (!inside || seen.own_count < 1) throw std::out_of_range("key ranges: expected keys that a rollout can see");
+      const bool own = seen.own_count >= 1 && seen.own_count <= sizes.step + 1;
+      if (seen.start < 0 || seen.end > sizes.packed.prompt || !own) throw std::out_of_range("key ranges: expected keys that a rollout can see");
     }
   }
 }

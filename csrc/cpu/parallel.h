@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <new>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -34,16 +34,24 @@ void for_each(int64_t count, int threads, const Body& body) {
 #endif
 }
 
-// Memory of each thread, allocated before there are threads: nothing may be thrown among them.
+// Memory of each thread, uninitialised, in cache lines of its own; allocated before there are threads, because nothing may
+// be thrown among them.
 template <class T>
 class Scratch {
  public:
-  Scratch(int threads, int64_t count) : count_(count), memory_(threads * count) {}
-  T* of(int thread) { return memory_.data() + thread * count_; }
+  Scratch(int threads, int64_t count)
+      : stride_((count * int64_t(sizeof(T)) + line - 1) / line * line),
+        memory_(static_cast<char*>(::operator new(threads * stride_, std::align_val_t(line)))) {}
+  ~Scratch() { ::operator delete(memory_, std::align_val_t(line)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  T* of(int thread) { return reinterpret_cast<T*>(memory_ + thread * stride_); }
 
  private:
-  int64_t count_;
-  std::vector<T> memory_;
+  static constexpr int64_t line = 64;
+  int64_t stride_;
+  char* memory_;
 };
 
 }  // namespace ebft::cpu

@@ -195,7 +195,7 @@ BAD_STEP = [
     ({"k_cache": K[:, :, :22]}, ValueError, r"k_cache: expected shape \[B=2, Hkv, S=24, D=16\]"),
     ({"v_cache": V.double()}, TypeError, "v_cache: expected dtype float32, got float64"),
     ({"layout": None}, TypeError, "layout: expected a StridedLayout, got NoneType"),
-    ({"impl": "native"}, ValueError, "impl: strided_attention_step has no implementation 'native' on cpu"),
+    ({"impl": "fast"}, ValueError, "impl: expected one of"),
 ]
 
 

@@ -10,7 +10,9 @@ from ebft_kernels import StridedLayout, strided_attention, strided_attention_ste
 from ebft_kernels.attention import _plan, _torch
 from ebft_kernels.testing import LAYOUTS, assert_within_budget, attention_inputs, eager_attention, randn
 
-IMPLS = ("reference", "torch")
+from ..op_checks import cpu_impls
+
+IMPLS = cpu_impls("strided_attention_step")
 VARIANTS = {
     "plain": {},
     "no groups": {"kv_heads": 4},
@@ -102,7 +104,7 @@ def test_float64_steps_are_the_rows_of_the_whole(variant, impl):
     for build in LAYOUTS.values():
         layout = build()
         (q, k, v), options = inputs_and_options(layout, variant, torch.float64)
-        whole = strided_attention(q, k, v, layout, impl=impl, **options)
+        whole = strided_attention(q, k, v, layout, impl="torch" if impl == "native" else impl, **options)
         for step in range(layout.horizon):
             caches = caches_at(layout, step, k, v)
             result = strided_attention_step(rows_of(layout, q, step), *caches, layout, step, impl=impl, **options)
@@ -111,13 +113,15 @@ def test_float64_steps_are_the_rows_of_the_whole(variant, impl):
             assert ((result - expected).abs() <= 20 * torch.finfo(torch.float64).eps * largest).all()
 
 
-def test_long_rows_in_many_tiles():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_long_rows_in_many_tiles(impl):
     layout = StridedLayout.strided(2, 320, context=20, stride=5, horizon=2, samples=4)
     (q, k, v), _ = inputs_and_options(layout, "plain", torch.float32)
     for window in (None, 120):
         truth = strided_attention(q.double(), k.double(), v.double(), layout, impl="reference", window=window)
         eager = eager_attention(q, k, v, layout.dense_mask(window), scale=0.25, how="normalize last")
-        result = strided_attention_step(rows_of(layout, q, 1), *caches_at(layout, 1, k, v), layout, 1, window=window)
+        caches = caches_at(layout, 1, k, v)
+        result = strided_attention_step(rows_of(layout, q, 1), *caches, layout, 1, window=window, impl=impl)
         assert_within_budget(result, rows_of(layout, eager, 1), rows_of(layout, truth, 1))
 
 
@@ -152,7 +156,7 @@ def test_one_plan_serves_all_steps_and_layers(monkeypatch):
     (q, k, v), _ = inputs_and_options(layout, "plain", torch.float32)
     for _ in range(2):
         for step in range(layout.horizon):
-            strided_attention_step(rows_of(layout, q, step), k, v, layout, step)
+            strided_attention_step(rows_of(layout, q, step), k, v, layout, step, impl="torch")
     assert len(built) == 1
 
 
