@@ -1,6 +1,7 @@
 // The Python module ebft_kernels._C. Tensors arrive as addresses, sizes and strides, so that one binary serves every
 // version of torch; the callers in Python check and allocate, and what is cheap to check is checked again here.
 #include "cpu/attention.h"
+#include "cpu/layout.h"
 #include "cpu/matching.h"
 #include "cpu/pooling.h"
 
@@ -41,6 +42,11 @@ cpu::Execution execution(int isa, int threads) {
 void* pointer(uintptr_t address, bool needed) {
   require(address != 0 || !needed, "address: expected that of a tensor, got 0");
   return reinterpret_cast<void*>(address);
+}
+
+template <class T>
+T* array(uintptr_t address, bool needed) {
+  return static_cast<T*>(pointer(address, needed));
 }
 
 // `sizes` [leading..., n, F] of the rollouts; strides in bytes, those of the last axes left out.
@@ -166,6 +172,17 @@ void pool_features_backward(int isa, int threads, int dtype, const Sizes& sizes,
   cpu::pool_features_backward(run, type, hidden, sizes[2], rows, options, rollouts_in, targets_in, out);
 }
 
+// `sizes`: B, P, A, n, G.
+PackedSizes packed_sizes(const Sizes& sizes) {
+  require(sizes.size() == 5, "sizes: expected 5");
+  for (int64_t size : sizes) require(size >= 0, "sizes: expected no negative one");
+  const PackedSizes packed = {sizes[1], sizes[2], sizes[3], sizes[4]};
+  // Rows are numbered with 32 bits.
+  const double rows = double(packed.anchors) * double(packed.samples) * double(packed.horizon) + double(packed.prompt);
+  require(rows < std::numeric_limits<int32_t>::max(), "sizes: expected fewer than 2^31 tokens in a packed row");
+  return packed;
+}
+
 // Address and the strides, in bytes, of all axes but the last of a tensor [B, heads, rows, size].
 using Heads = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
@@ -178,10 +195,11 @@ cpu::HeadTensor head_tensor(const Heads& x, bool needed) {
 cpu::StepSizes step_sizes(const Sizes& x) {
   require(x.size() == 10, "sizes: expected 10");
   for (int64_t size : x) require(size >= 0, "sizes: expected no negative one");
+  const PackedSizes packed = packed_sizes({x[0], x[5], x[6], x[7], x[8]});
   require(x[2] >= 1 && x[1] >= 1 && x[1] % x[2] == 0, "sizes: expected key heads that divide the query heads");
   require(x[3] >= 1 && x[4] >= 1, "sizes: expected heads of at least one number");
   require(x[9] < x[8], "step: expected less than the horizon");
-  return {x[0], x[1], x[2], x[3], x[4], {x[5], x[6], x[7], x[8]}, x[9]};
+  return {x[0], x[1], x[2], x[3], x[4], packed, x[9]};
 }
 
 void strided_attention_step(int isa, int threads, int dtype, const Sizes& sizes, const Heads& queries,
@@ -195,12 +213,39 @@ void strided_attention_step(int isa, int threads, int dtype, const Sizes& sizes,
   require(window >= 0, "window: expected none (0) or a positive one");
   const bool needed = step.batch * step.packed.anchors * step.packed.samples > 0;
   const cpu::HeadTensor q = head_tensor(queries, needed), k = head_tensor(keys, needed), v = head_tensor(values, needed);
-  const auto range = [&](uintptr_t x) { return static_cast<const int32_t*>(pointer(x, needed)); };
-  const cpu::KeyRanges ranges = {range(prefix_start), range(prefix_end), range(own_start)};
-  const auto* sink = static_cast<const double*>(pointer(sinks, false));
+  const cpu::KeyRanges ranges = {array<const int32_t>(prefix_start, needed), array<const int32_t>(prefix_end, needed),
+                                 array<const int32_t>(own_start, needed)};
+  const auto* sink = array<const double>(sinks, false);
   void* to = pointer(out, needed);
   const py::gil_scoped_release unlocked;
   cpu::strided_attention_step(run, type, step, q, k, v, sink, ranges, {scale, softcap, window}, to);
+}
+
+void layout_geometry(int threads, const Sizes& sizes, uintptr_t anchors, uintptr_t prompt_start, uintptr_t positions,
+                     uintptr_t prefix_start, uintptr_t prefix_end, uintptr_t own_start) {
+  require(threads >= 1, "threads: expected at least 1");
+  const PackedSizes packed = packed_sizes(sizes);
+  const int64_t batch = sizes[0];
+  const auto* from = array<const int32_t>(anchors, batch * packed.anchors > 0);
+  const auto* starts = array<const int32_t>(prompt_start, batch * packed.prompt > 0);
+  const bool needed = batch * packed.packed() > 0;
+  auto* to = array<int64_t>(positions, needed);
+  const cpu::RangeArrays<int32_t> ranges = {array<int32_t>(prefix_start, needed), array<int32_t>(prefix_end, needed),
+                                            array<int32_t>(own_start, needed)};
+  const py::gil_scoped_release unlocked;
+  cpu::layout_geometry(threads, packed, batch, from, starts, to, ranges);
+}
+
+void dense_mask(int threads, const Sizes& sizes, uintptr_t prefix_start, uintptr_t prefix_end, uintptr_t own_start,
+                bool full, uintptr_t mask) {
+  require(threads >= 1, "threads: expected at least 1");
+  const PackedSizes packed = packed_sizes(sizes);
+  const bool needed = sizes[0] * packed.packed() > 0;
+  const cpu::KeyRanges ranges = {array<const int32_t>(prefix_start, needed), array<const int32_t>(prefix_end, needed),
+                                 array<const int32_t>(own_start, needed)};
+  auto* to = array<uint8_t>(mask, needed);
+  const py::gil_scoped_release unlocked;
+  cpu::dense_mask(threads, packed, sizes[0], ranges, full, to);
 }
 
 std::vector<std::string> isas() {
@@ -229,5 +274,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mean_embedding_backward", &mean_embedding_backward);
   m.def("pool_features", &pool_features);
   m.def("pool_features_backward", &pool_features_backward);
+  m.def("layout_geometry", &layout_geometry);
+  m.def("dense_mask", &dense_mask);
   m.def("strided_attention_step", &strided_attention_step);
 }

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ebft_kernels import StridedLayout, layout
 from ebft_kernels.testing import LAYOUTS
 
 SMALL = ("odd", "one_sample", "arbitrary", "padded", "documents", "empty_batch")
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    """Layouts are written by plain PyTorch until a test asks for the kernels."""
+    monkeypatch.setattr(layout, "_kernels_for", lambda _: None)
 
 
 def with_kernels(monkeypatch) -> list[str]:
@@ -29,7 +34,7 @@ def with_kernels(monkeypatch) -> list[str]:
 
     recorded("dense_mask")
     recorded("geometry")
-    monkeypatch.setattr(layout, "_written_by_kernels", lambda _: True)
+    monkeypatch.setattr(layout, "_kernels_for", lambda _: _layout_triton)
     return written
 
 
@@ -66,11 +71,3 @@ def test_empty_batch(monkeypatch):
     expected = LAYOUTS["empty_batch"]().dense_mask()
     with_kernels(monkeypatch)
     assert LAYOUTS["empty_batch"]().dense_mask().shape == expected.shape
-
-
-def test_kernels_are_for_gpu_tensors_that_are_not_traced(monkeypatch):
-    monkeypatch.setattr(layout, "why_not", lambda device: "" if device == "cuda" else "not here")
-    assert not layout._written_by_kernels(torch.zeros(1))
-    with FakeTensorMode():
-        fake = torch.zeros(1, device="cuda")
-    assert fake.device.type == "cuda" and not layout._written_by_kernels(fake)

@@ -1,8 +1,8 @@
 // One decoding step of strided attention, on several threads.
 #pragma once
 
-#include "../core/layout.h"
 #include "kernels.h"
+#include "layout.h"
 
 namespace ebft::cpu {
 
@@ -30,16 +30,9 @@ struct StepOptions {
   int64_t window;  // 0: none
 };
 
-// What each packed row sees, [B, S] each, contiguous, without the window.
-struct KeyRanges {
-  const int32_t* prefix_start;
-  const int32_t* prefix_end;
-  const int32_t* own_start;
-};
-
 // Writes attention [B, A*n, H, Dv], contiguous, of the queries [B, H, A*n, D] of one step to the keys [B, Hkv, S, D] and
-// values [B, Hkv, S, Dv] of their prefix and of their own rollout. `sinks` [H], or null. Throws std::out_of_range if a
-// row sees keys that it cannot see.
+// values [B, Hkv, S, Dv] of their prefix and of their own rollout. `ranges` are
+// without the window; `sinks` [H], or null. Throws std::out_of_range if a row sees what no rollout can see.
 void strided_attention_step(const Execution& execution, Dtype dtype, const StepSizes& sizes, const HeadTensor& queries,
                             const HeadTensor& keys, const HeadTensor& values, const double* sinks,
                             const KeyRanges& ranges, const StepOptions& options, void* out);
