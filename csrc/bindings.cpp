@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -184,41 +185,67 @@ PackedSizes packed_sizes(const Sizes& sizes) {
 }
 
 // Address and the strides, in bytes, of all axes but the last of a tensor [B, heads, rows, size].
-using Heads = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+using Operand = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
-cpu::HeadTensor head_tensor(const Heads& x, bool needed) {
-  const auto [address, batch, head, row] = x;
+cpu::Heads heads(const Operand& operand, bool needed) {
+  const auto [address, batch, head, row] = operand;
   return {pointer(address, needed), batch, head, row};
 }
 
-// `sizes`: B, H, Hkv, D, Dv, P, A, n, G, step.
-cpu::StepSizes step_sizes(const Sizes& x) {
-  require(x.size() == 10, "sizes: expected 10");
-  for (int64_t size : x) require(size >= 0, "sizes: expected no negative one");
-  const PackedSizes packed = packed_sizes({x[0], x[5], x[6], x[7], x[8]});
-  require(x[2] >= 1 && x[1] >= 1 && x[1] % x[2] == 0, "sizes: expected key heads that divide the query heads");
-  require(x[3] >= 1 && x[4] >= 1, "sizes: expected heads of at least one number");
-  require(x[9] < x[8], "step: expected less than the horizon");
-  return {x[0], x[1], x[2], x[3], x[4], packed, x[9]};
+// `sizes`: B, H, Hkv, D, Dv, P, R rollouts, G. `step`: the queries are the rows of this step; -1: all rows.
+cpu::Attention attention(const Sizes& sizes, int64_t step, const Operand& q, const Operand& k, const Operand& v,
+                         const std::vector<uintptr_t>& ranges, bool full, double scale, double softcap) {
+  require(sizes.size() == 8, "sizes: expected 8");
+  const PackedSizes packed = packed_sizes({sizes[0], sizes[5], sizes[6], 1, sizes[7]});
+  for (int64_t size : sizes) require(size >= 0, "sizes: expected no negative one");
+  require(sizes[2] >= 1 && sizes[1] >= 1 && sizes[1] % sizes[2] == 0,
+          "sizes: expected key heads that divide the query heads");
+  require(sizes[3] >= 1 && sizes[4] >= 1, "sizes: expected heads of at least one number");
+  require(step >= -1 && step < std::max<int64_t>(packed.horizon, 0), "step: expected less than the horizon");
+  require(ranges.size() == 3, "ranges: expected 3");
+  require(softcap >= 0, "softcap: expected none (0) or a positive one");
+  cpu::Attention x = {};
+  x.batch = sizes[0], x.kv_heads = sizes[2], x.repeat = sizes[1] / sizes[2];
+  x.packed = packed.packed(), x.length = packed.prompt, x.horizon = packed.horizon;
+  x.size = sizes[3], x.value_size = sizes[4];
+  x.rows = step < 0 ? x.packed : packed.anchors;
+  x.first = step < 0 ? 0 : x.length + step, x.spacing = step < 0 ? 1 : x.horizon;
+  const bool needed = x.batch * x.rows > 0;
+  x.q = heads(q, needed), x.k = heads(k, needed), x.v = heads(v, needed);
+  x.prefix_start = array<const int32_t>(ranges[0], needed);
+  x.prefix_end = array<const int32_t>(ranges[1], needed);
+  x.own_start = array<const int32_t>(ranges[2], needed);
+  x.full = full, x.scale = scale, x.softcap = softcap;
+  return x;
 }
 
-void strided_attention_step(int isa, int threads, int dtype, const Sizes& sizes, const Heads& queries,
-                            const Heads& keys, const Heads& values, uintptr_t sinks, uintptr_t prefix_start,
-                            uintptr_t prefix_end, uintptr_t own_start, double scale, double softcap, int64_t window,
-                            uintptr_t out) {
+void strided_attention(int isa, int threads, int dtype, const Sizes& sizes, int64_t step, const Operand& q,
+                       const Operand& k, const Operand& v, const std::vector<uintptr_t>& ranges, bool full,
+                       double scale, double softcap, uintptr_t sinks, const Operand& out, uintptr_t lse) {
   const cpu::Execution run = execution(isa, threads);
   const auto type = checked_enum<cpu::Dtype>("dtype", dtype, 4);
-  const cpu::StepSizes step = step_sizes(sizes);
-  require(softcap >= 0, "softcap: expected none (0) or a positive one");
-  require(window >= 0, "window: expected none (0) or a positive one");
-  const bool needed = step.batch * step.packed.anchors * step.packed.samples > 0;
-  const cpu::HeadTensor q = head_tensor(queries, needed), k = head_tensor(keys, needed), v = head_tensor(values, needed);
-  const cpu::KeyRanges ranges = {array<const int32_t>(prefix_start, needed), array<const int32_t>(prefix_end, needed),
-                                 array<const int32_t>(own_start, needed)};
-  const auto* sink = array<const double>(sinks, false);
-  void* to = pointer(out, needed);
+  cpu::Attention x = attention(sizes, step, q, k, v, ranges, full, scale, softcap);
+  const bool needed = x.batch * x.rows > 0;
+  x.sinks = array<const double>(sinks, false);
+  const cpu::Heads results = heads(out, needed);
+  void* statistics = pointer(lse, needed && step < 0);
   const py::gil_scoped_release unlocked;
-  cpu::strided_attention_step(run, type, step, q, k, v, sink, ranges, {scale, softcap, window}, to);
+  cpu::strided_attention(run, type, x, results, statistics);
+}
+
+void strided_attention_backward(int isa, int threads, int dtype, const Sizes& sizes, const Operand& q,
+                                const Operand& k, const Operand& v, const std::vector<uintptr_t>& ranges, bool full,
+                                double scale, double softcap, const Operand& out, uintptr_t lse, const Operand& grad,
+                                const Operand& grad_q, const Operand& grad_k, const Operand& grad_v) {
+  const cpu::Execution run = execution(isa, threads);
+  const auto type = checked_enum<cpu::Dtype>("dtype", dtype, 4);
+  const cpu::Attention x = attention(sizes, -1, q, k, v, ranges, full, scale, softcap);
+  const bool needed = x.batch * x.rows > 0;
+  const cpu::Heads results = heads(out, needed), upstream = heads(grad, needed), to_q = heads(grad_q, needed),
+                   to_k = heads(grad_k, needed), to_v = heads(grad_v, needed);
+  const void* statistics = pointer(lse, needed);
+  const py::gil_scoped_release unlocked;
+  cpu::strided_attention_backward(run, type, x, results, statistics, upstream, to_q, to_k, to_v);
 }
 
 void layout_geometry(int threads, const Sizes& sizes, uintptr_t anchors, uintptr_t prompt_start, uintptr_t positions,
@@ -276,5 +303,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_features_backward", &pool_features_backward);
   m.def("layout_geometry", &layout_geometry);
   m.def("dense_mask", &dense_mask);
-  m.def("strided_attention_step", &strided_attention_step);
+  m.def("strided_attention", &strided_attention);
+  m.def("strided_attention_backward", &strided_attention_backward);
 }

@@ -17,7 +17,7 @@ IMPLS = ("auto", "reference", "torch", "triton", "native")
 # Op -> the folder that holds its implementations, and which of them exist, in the order in which "auto" prefers them.
 # `_torch` and `_reference` run on every device and for every dtype; the others may decline.
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "strided_attention": ("attention", ("triton", "torch", "reference")),
+    "strided_attention": ("attention", ("native", "triton", "torch", "reference")),
     "strided_attention_step": ("attention", ("native", "triton", "torch", "reference")),
     "pool_features": ("pooling", ("native", "triton", "torch", "reference")),
     "mean_embedding_loss": ("matching", ("native", "triton", "torch", "reference")),

@@ -5,6 +5,7 @@
 
 #include "../core/half.h"
 #include "../core/mean_embedding.h"
+#include "attention_tile.h"
 #include "kernels.h"
 
 #include <string.h>

@@ -12,6 +12,12 @@
 
 namespace ebft::cpu {
 
+struct Attention;
+struct AttentionGradients;
+struct AttentionTile;
+struct Heads;
+struct PromptKeys;
+
 // The codes by which Python names element types, and their order in `kernels_for`.
 enum class Dtype : int { float64, float32, bfloat16, float16 };
 
@@ -26,31 +32,6 @@ enum class Isa : int { baseline, avx2, avx512 };
 struct Execution {
   Isa isa;
   int threads;
-};
-
-// One query of one head: what it sees, and where its result goes.
-struct AttentionRow {
-  const void* query;       // [D]
-  int64_t start, end;      // of the shared keys
-  const void* own_keys;    // the first of `own_count`
-  const void* own_values;
-  int64_t own_count;
-  double sink;             // one more logit, whose value is 0; -infinity: none
-  void* out;               // [Dv]
-};
-
-// Queries that share keys and values. Strides in bytes; those of a row's own keys and values are the same.
-struct AttentionTile {
-  const AttentionRow* rows;
-  int count;
-  const void* keys;
-  const void* values;
-  int64_t key_stride;
-  int64_t value_stride;
-  int64_t key_size;
-  int64_t value_size;
-  double scale;
-  double softcap;  // 0: none
 };
 
 // Rows are contiguous and need no alignment. Sums are float64, but for those of weighted_sum, in an order that depends
@@ -83,10 +64,17 @@ struct Kernels {
   void (*gradient)(const void* row, double token, double grad, const void* const* grads, const double* scales,
                    int grads_count, int64_t count, void* out);
 
-  // For decoding. Every row sees at least one key. Sums and statistics are float32 (float64 for float64). `memory`,
-  // aligned to 64 bytes, has attention_memory(tile) of them.
-  void (*attend)(const AttentionTile& tile, void* memory);
-  int64_t (*attention_memory)(int rows, int64_t key_size, int64_t value_size);
+  // For attention; sums and statistics are float32 (float64 for float64). Lays out the keys and values of one head, for
+  // the forward or the backward pass; `buffer` has a padded row.
+  void (*lay_prompt)(const Attention& attention, int64_t batch, int64_t kv_head, bool backward, void* buffer,
+                     const PromptKeys& keys);
+  void (*attention_forward)(const AttentionTile& tile, const Heads& out, void* lse);
+  void (*attention_backward)(const AttentionTile& tile, const AttentionGradients& gradients);
+
+  // Writes the gradients of the prompt's keys, or values, [begin, end) of one head: the sums of `parts` parts, `step`
+  // apart, in their order.
+  void (*add_parts)(void* sums, int64_t step, int64_t parts, int64_t begin, int64_t end, int64_t size,
+                    const Heads& grads, int64_t batch, int64_t kv_head);
 };
 
 // The instruction sets that this machine can run, the best last.

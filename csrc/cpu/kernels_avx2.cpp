@@ -9,7 +9,6 @@
 #define EBFT_WHOLE 5
 #define EBFT_BLOCK 3
 #define EBFT_ROWS 6
-#define EBFT_COLS 2
 #include "kernels_of_isa.h"
 #pragma GCC pop_options
 #endif

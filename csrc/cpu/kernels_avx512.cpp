@@ -8,8 +8,7 @@
 #define EBFT_LANES 8
 #define EBFT_WHOLE 6
 #define EBFT_BLOCK 4
-#define EBFT_ROWS 6
-#define EBFT_COLS 4
+#define EBFT_ROWS 12
 #include "kernels_of_isa.h"
 #pragma GCC pop_options
 #endif

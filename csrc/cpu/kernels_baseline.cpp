@@ -5,6 +5,5 @@
 #define EBFT_LANES 2
 #define EBFT_WHOLE 4
 #define EBFT_BLOCK 3
-#define EBFT_ROWS 4
-#define EBFT_COLS 2
+#define EBFT_ROWS 6
 #include "kernels_of_isa.h"

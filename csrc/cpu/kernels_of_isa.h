@@ -5,11 +5,11 @@
 //   EBFT_LANES  doubles per vector
 //   EBFT_WHOLE  most rows whose products all stay in registers
 //   EBFT_BLOCK  rows per block beyond that
-//   EBFT_ROWS   queries of a block of scores that stays in registers
-//   EBFT_COLS   and vectors of keys
+//   EBFT_ROWS   rows of a product of small matrices whose sums, two vectors each, stay in registers
 
 #define EBFT_INLINE static inline __attribute__((always_inline))
 #define EBFT_UNROLL _Pragma("GCC unroll 8")
+#define EBFT_UNROLL_ALL _Pragma("GCC unroll 16")
 
 namespace ebft::cpu {
 namespace EBFT_ISA {
@@ -23,12 +23,14 @@ namespace {
 
 #include "rows.h"
 
-#include "attend.h"
+#include "product.h"
+
+#include "attention_rows.h"
 
 template <class T>
 constexpr Kernels kernels_of = {gram<T>,   mean_difference<T>, mean_embedding_gradients<T>,
                                 square<T>, weighted_sum<T>,    products<T>, gradient<T>,
-                                attend<T>, attention_memory<T>};
+                                lay_prompt<T>, attention_forward<T>, attention_backward<T>, add_parts<T>};
 
 }  // namespace
 
