@@ -20,10 +20,10 @@ from ebft_kernels.testing import (
     randn,
 )
 
-from ..op_checks import results_and_gradients
+from ..op_checks import cpu_impls, results_and_gradients
 from .checks import assert_as_exact_as_eager, assert_variant_within_budget, attend, attend_inputs, yardsticks
 
-IMPLS = ("reference", "torch")
+IMPLS = cpu_impls("strided_attention")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SOME = ("odd", "arbitrary", "documents", "padded")
 VARIANTS = {
@@ -175,7 +175,7 @@ def test_a_long_row_and_what_is_kept_of_it(variant, monkeypatch):
     for name in ("forward", "backward"):
         monkeypatch.setattr(_torch, name, largest.watching(getattr(_torch, name)))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        actual = results_and_gradients(attend(tensors, layout, **options), tensors)
+        actual = results_and_gradients(attend(tensors, layout, impl="torch", **options), tensors)
     assert largest.elements >= layout.packed_length * 2 * 16  # it has seen the output
     assert largest.elements < layout.packed_length**2 / 8
     known = [*tensors, actual[0], *layout.key_ranges]
@@ -208,19 +208,21 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("tiling", TILINGS, indirect=True)
+@pytest.mark.parametrize(
+    ("tiling", "impl"), [*((x, "torch") for x in TILINGS), ("whole", IMPLS[0])], indirect=["tiling"]
+)
 @pytest.mark.parametrize("name", ("odd", "arbitrary"))
 @pytest.mark.usefixtures("tiling")
-def test_rollouts_do_not_see_each_other(name):
+def test_rollouts_do_not_see_each_other(name, impl):
     """Other tokens in one rollout change nothing anywhere else, to the last bit, and get no gradient from elsewhere."""
     layout = LAYOUTS[name]()
     tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
-    before = attend(tensors, layout)
+    before = attend(tensors, layout, impl=impl)
     index = torch.arange(layout.packed_length).expand(layout.batch_size, -1)
     changed = torch.zeros(layout.batch_size, layout.packed_length, dtype=torch.bool)
     changed[0, layout.rollouts(index)[0, 1, 1]] = True
     others = [torch.where(changed[:, None, :, None], x * 3 - 1, x) for x in tensors]
-    after = attend(others, layout)
+    after = attend(others, layout, impl=impl)
     assert torch.equal(after.transpose(1, 2)[~changed], before.transpose(1, 2)[~changed])
     assert (after.transpose(1, 2)[changed] != before.transpose(1, 2)[changed]).any()
     elsewhere = torch.where(changed[:, None, :, None], 0, randn(*after.shape, seed=5, dtype=torch.float32))
@@ -228,11 +230,12 @@ def test_rollouts_do_not_see_each_other(name):
         assert (grad.transpose(1, 2)[changed] == 0).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_results_repeat_bitwise(variant):
+def test_results_repeat_bitwise(variant, impl):
     layout = StridedLayout.strided(2, 150, context=8, stride=8, horizon=8, samples=4)
     tensors, options = attend_inputs(layout, VARIANTS[variant], torch.float32)
-    first, second = (results_and_gradients(attend(tensors, layout, **options), tensors) for _ in range(2))
+    first, second = (results_and_gradients(attend(tensors, layout, impl=impl, **options), tensors) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -242,8 +245,8 @@ def test_a_plan_is_made_once_and_dies_with_its_layout(monkeypatch):
     layout = LAYOUTS["odd"]()
     tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
     for _ in range(3):
-        results_and_gradients(attend(tensors, layout), tensors)
-        results_and_gradients(attend(tensors, layout, window=4), tensors)
+        results_and_gradients(attend(tensors, layout, impl="torch"), tensors)
+        results_and_gradients(attend(tensors, layout, impl="torch", window=4), tensors)
     assert len(built) == 2
     del built[:]
     gc.collect()
@@ -280,7 +283,7 @@ def test_autocast_ends_where_the_implementation_begins(monkeypatch):
     layout = LAYOUTS["odd"]()
     tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        attend(tensors, layout).sum().backward()
+        attend(tensors, layout, impl="torch").sum().backward()
         rows = layout.step_rows(tensors[0].transpose(1, 2), 0).transpose(1, 2)
-        strided_attention_step(rows, *tensors[1:], layout, 0)
+        strided_attention_step(rows, *tensors[1:], layout, 0, impl="torch")
     assert inside == [False] * 3

@@ -31,7 +31,8 @@ def long_layout() -> StridedLayout:
     return StridedLayout.strided(2, 300, context=30, stride=6, horizon=3, samples=4, document_ids=DOCUMENTS)
 
 
-def test_it_is_the_choice_on_the_cpu(compiled):  # noqa: ARG001
+@pytest.mark.usefixtures("compiled")
+def test_it_is_the_choice_on_the_cpu():
     assert all(select_impl("strided_attention_step", "cpu", dtype) == "native" for dtype in DTYPES)
 
 
@@ -182,56 +183,3 @@ def test_ranges_that_no_rollout_can_see_are_refused(name, value):
     arguments = (layout.length, layout.samples, layout.horizon, 0, 0.25, None, None)
     with pytest.raises(IndexError, match="key ranges: expected keys that a rollout can see"):
         _native.step(step_tests.rows_of(layout, q, 0), k, v, None, ranges, *arguments)
-
-
-SIZES = (1, 2, 1, 8, 8, 4, 1, 2, 2, 0)  # B, H, Hkv, D, Dv, P, A, n, G, step
-CALL = {
-    "isa": 0,
-    "threads": 1,
-    "dtype": 1,
-    "sizes": SIZES,
-    "queries": (64,) * 4,
-    "keys": (64,) * 4,
-    "values": (64,) * 4,
-}
-CALL |= {
-    "sinks": 0,
-    "prefix_start": 64,
-    "prefix_end": 64,
-    "own_start": 64,
-    "scale": 1.0,
-    "softcap": 0.0,
-    "window": 0,
-    "out": 64,
-}
-NULL = "address: expected that of a tensor, got 0"
-
-
-def sizes_with(index: int, value: int) -> dict:
-    return {"sizes": (*SIZES[:index], value, *SIZES[index + 1 :])}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"isa": 3}, "isa: expected a number from 0 to"),
-        ({"threads": 0}, "threads: expected at least 1"),
-        ({"dtype": 4}, "dtype: expected a number from 0 to 3, got 4"),
-        ({"sizes": SIZES[:-1]}, "sizes: expected 10"),
-        *((sizes_with(index, -1), "sizes: expected no negative one") for index in range(10)),
-        (sizes_with(1, 0), "sizes: expected key heads that divide the query heads"),
-        (sizes_with(2, 0), "sizes: expected key heads that divide the query heads"),
-        (sizes_with(2, 4), "sizes: expected key heads that divide the query heads"),
-        (sizes_with(3, 0), "sizes: expected heads of at least one number"),
-        (sizes_with(4, 0), "sizes: expected heads of at least one number"),
-        (sizes_with(9, 2), "step: expected less than the horizon"),
-        ({"softcap": -1.0}, "softcap: expected none"),
-        ({"softcap": math.nan}, "softcap: expected none"),
-        ({"window": -1}, "window: expected none"),
-        *(({name: (0, 64, 64, 64)}, NULL) for name in ("queries", "keys", "values")),
-        *(({name: 0}, NULL) for name in ("prefix_start", "prefix_end", "own_start", "out")),
-    ],
-)
-def test_bad_calls_are_refused(change, message, compiled):
-    with pytest.raises(ValueError, match=message):
-        compiled.strided_attention_step(*{**CALL, **change}.values())
