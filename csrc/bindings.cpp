@@ -1,15 +1,10 @@
-// The Python module ebft_kernels._C. Tensors arrive as addresses, sizes and strides, so that one binary serves every
-// version of torch; the callers in Python check and allocate, and what is cheap to check is checked again here.
+// The Python module ebft_kernels._C: the kernels for the CPU.
+#include "bindings_common.h"
 #include "cpu/matching.h"
 #include "cpu/pooling.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <limits>
-#include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 namespace py = pybind11;
@@ -17,20 +12,6 @@ namespace py = pybind11;
 namespace {
 
 using namespace ebft;
-using Sizes = std::vector<int64_t>;
-
-void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
-}
-
-template <class Enum>
-Enum checked_enum(const char* name, int value, int count) {
-  if (value < 0 || value >= count) {
-    throw std::invalid_argument(std::string(name) + ": expected a number from 0 to " + std::to_string(count - 1) +
-                                ", got " + std::to_string(value));
-  }
-  return Enum(value);
-}
 
 cpu::Execution execution(int isa, int threads) {
   require(threads >= 1, "threads: expected at least 1");
@@ -45,8 +26,7 @@ void* pointer(uintptr_t address, bool needed) {
 // `sizes` [leading..., n, F] of the rollouts; strides in bytes, those of the last axes left out.
 cpu::Features features(int dtype, Sizes sizes, uintptr_t rollouts, Sizes rollout_strides, uintptr_t targets,
                        Sizes target_strides) {
-  require(sizes.size() >= 2 && sizes.size() == rollout_strides.size() + 1 && sizes.size() == target_strides.size() + 2,
-          "strides: expected one for each axis but the last");
+  check_strides(sizes, rollout_strides, target_strides);
   cpu::Features x;
   x.dtype = checked_enum<cpu::Dtype>("dtype", dtype, 4);
   for (int64_t size : sizes) require(size >= 0, "sizes: expected no negative one");
@@ -104,9 +84,6 @@ void mean_embedding_backward(int isa, int threads, int dtype, const Sizes& sizes
   const py::gil_scoped_release unlocked;
   cpu::mean_embedding_backward(run, x, unbiased, grad_in, difference_in, rollouts_out, targets_out);
 }
-
-// Address and the strides, in bytes, of the axes B and S of each layer [B, S, C].
-using Layers = std::vector<std::tuple<uintptr_t, int64_t, int64_t>>;
 
 std::vector<cpu::Layer> checked_layers(const Layers& layers, bool needed) {
   require(!layers.empty(), "layers: expected at least one");

@@ -132,7 +132,7 @@ def _compare(case: Case, device: torch.device) -> Iterator[SelfTestResult]:
         else:
             yardsticks = [eager(_fresh(inputs, torch.device("cpu"))) for eager in case.eager]
         for impl in OPS.get(case.op, OPS["pool_features"])[1]:
-            if not why_not(impl, device, dtype):
+            if not why_not(impl, device, dtype, case.sizes):
                 result = SelfTestResult(case.op, impl, str(dtype).removeprefix("torch."), case.name)
                 try:
                     first = case.run(_fresh(inputs, device), impl)
