@@ -37,18 +37,22 @@ def available_impls(op: str, device: torch.device | str) -> tuple[str, ...]:
     """
     check_option("op", op, OPS)
     device = torch.device(device)
-    found = tuple(impl for impl in OPS[op][1] if not why_not(impl, device))
+    found = tuple(impl for impl in OPS[op][1] if not why_not(op, impl, device))
     if device.type == "cpu" and "triton" in found:  # the interpreter is there for tests; nobody wants it by default
         found = (*(impl for impl in found if impl != "triton"), "triton")
     return found
 
 
 def why_not(
-    impl: str, device: torch.device, dtype: torch.dtype | None = None, sizes: Mapping[str, int] | None = None
+    op: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> str:
-    """Why an implementation that exists cannot run on tensors of this device, dtype and these sizes; "" if it can."""
+    """Why an implementation of ``op`` cannot run on tensors of this device, dtype and these sizes; "" if it can."""
     if impl == "native":
-        return _native.why_not(device.type) or _native.beyond_limits(device, sizes or {})
+        return _native.why_not(device.type) or _native.declines(op, device, sizes or {})
     if impl != "triton":
         return ""
     if dtype is not None and dtype not in _triton.DTYPES:
@@ -72,7 +76,7 @@ def select_impl(
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
     device = torch.device(device)
-    return next(impl for impl in available_impls(op, device) if not why_not(impl, device, dtype, sizes))
+    return next(impl for impl in available_impls(op, device) if not why_not(op, impl, device, dtype, sizes))
 
 
 def resolve_impl(
@@ -83,9 +87,9 @@ def resolve_impl(
     if impl == "auto":
         return select_impl(op, device, dtype, sizes=sizes)
     known = impl in OPS[op][1]
-    reason = why_not(impl, device, dtype, sizes) if known else ""
+    reason = why_not(op, impl, device, dtype, sizes) if known else ""
     if reason or not known:
-        available = ", ".join(x for x in available_impls(op, device) if not why_not(x, device, dtype, sizes))
+        available = ", ".join(x for x in available_impls(op, device) if not why_not(op, x, device, dtype, sizes))
         because = f" ({reason})" if reason else ""
         raise ValueError(
             f"impl: {op} has no implementation {impl!r} on {device}{because}; available there: {available}"

@@ -20,9 +20,10 @@ from torch import Tensor
 #: The codes by which the modules name element types.
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# Device type -> its module; the most that its kernels take of the sizes that an op may name.
+# Device type -> its module.
 _MODULES = {"cpu": "_C", "cuda": "_cuda"}
-_MOST = {"cpu": {"n": 16384}, "cuda": {"n": 16, "L": 64, "L*K": 2560}}
+# The ops that there are CUDA kernels for, and the most that these take of the sizes that a call names.
+_CUDA_LIMITS = {"pool_features": {"L": 64, "L*K": 2560}, "mean_embedding_loss": {}, "feature_matching": {"n": 16}}
 # Module -> its language, and what pip needs to build it.
 _BUILT = {"_C": ("C++", "a C++17 compiler"), "_cuda": ("CUDA", "nvcc on PATH")}
 
@@ -35,16 +36,19 @@ def why_not(device_type: str) -> str:
     return _load(_MODULES[device_type])[1] or (_why_not_this_gpu() if device_type == "cuda" else "")
 
 
-def beyond_limits(device: torch.device, sizes: Mapping[str, int]) -> str:
+def declines(op: str, device: torch.device, sizes: Mapping[str, int]) -> str:
     """Why the kernels cannot run a call of these sizes; "" if they can. See :func:`ebft_kernels.select_impl`."""
-    kind = "cuda" if on_cuda(device) else "cpu"
-    for name, most in _MOST[kind].items():
+    if not on_cuda(device):
+        return ""
+    if op not in _CUDA_LIMITS:
+        return "it was compiled for the CPU only"
+    for name, most in _CUDA_LIMITS[op].items():
         if sizes.get(name, 0) > most:
-            return f"on {kind} they take at most {name} = {most}, got {sizes[name]}"
+            return f"on CUDA it takes at most {name} = {most}, got {sizes[name]}"
     return ""
 
 
-def library(device_type: str) -> ModuleType:
+def library(device_type: str = "cpu") -> ModuleType:
     """The compiled module for tensors of this device type.
 
     Raises:
@@ -64,7 +68,7 @@ def build_info() -> str:
         threads = "OpenMP" if cpu.openmp else "one thread"
         info[0] = f"CPU: {cpu.isas()[-1]}, {threads}, compiled by {cpu.compiler}"
     if cuda is not None:
-        info[1] = f"CUDA: {_targets(cuda)}, compiled by CUDA {_version(cuda.runtime)}"
+        info[1] = f"CUDA: {_targets(cuda)}, compiled by CUDA {cuda_version(cuda.runtime)}"
         if reason := why_not("cuda"):
             info[1] += f", not used here: {reason}"
     return "; ".join(info)
@@ -151,7 +155,8 @@ def _why_not_this_gpu() -> str:
     if not exact and module.targets[-1] > 100 * major + 10 * minor:
         return f"they are compiled for {_targets(module)}, the GPU is sm_{major}{minor}"
     if module.driver() // 1000 < module.runtime // 1000:
-        return f"they are compiled by CUDA {_version(module.runtime)}, the driver is for {_version(module.driver())}"
+        runtime, driver = (cuda_version(number) for number in (module.runtime, module.driver()))
+        return f"they are compiled by CUDA {runtime}, the driver is for {driver}"
     return ""
 
 
@@ -159,8 +164,8 @@ def _targets(module: ModuleType) -> str:
     return f"{', '.join(f'sm_{target // 10}' for target in module.targets)} and PTX"
 
 
-def _version(number: int) -> str:
-    """13000 as 13.0."""
+def cuda_version(number: int) -> str:
+    """13000, as CUDA numbers its versions, as "13.0"."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

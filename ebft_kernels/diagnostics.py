@@ -34,7 +34,7 @@ def build_info() -> dict[str, str]:
     }
     for op, (_, impls) in OPS.items():
         chosen = select_impl(op, device, torch.float32)
-        missing = [impl for impl in impls if why_not(impl, device)]
+        missing = [impl for impl in impls if why_not(op, impl, device)]
         others = [impl for impl in impls if impl not in (chosen, *missing)]
         info[op] = f"{chosen} on {device.type}; also there: {', '.join(others)}"
         info[op] += f"; not there: {', '.join(missing)}" if missing else ""
@@ -98,7 +98,7 @@ def self_test(*, device: torch.device | str | None = None, verbose: bool = True)
     device = _default_device() if device is None else torch.device(device)
     start = time.perf_counter()
     results = [result for case in cases(large=device.type != "cpu") for result in _compare(case, device)]
-    if not why_not("triton", device):
+    if not _triton.why_not(device.type):
         results += [_compare_layout(name, device) for name in ("odd", "documents")]
     if verbose:
         _print(results, device, time.perf_counter() - start)
@@ -116,7 +116,7 @@ def _print(results: list[SelfTestResult], device: torch.device, seconds: float) 
         print(f"{r.op:<24}{r.impl:<11}{r.dtype:<10}{r.case:<30}{r.result:<28}{r.error:>9.1e}{r.budget:>10.1e}{verdict}")
     for op, (_, impls) in OPS.items():
         for impl in impls:
-            if reason := why_not(impl, device):
+            if reason := why_not(op, impl, device):
                 print(f"{op:<24}{impl:<11}not run: {reason}")
     wrong = sum(not result.passed for result in results)
     print(f"{len(results)} cases, {wrong or 'none'} wrong, {seconds:.0f} s")
@@ -131,8 +131,9 @@ def _compare(case: Case, device: torch.device) -> Iterator[SelfTestResult]:
             yardsticks = [case.run(_fresh(inputs, torch.device("cpu")), "reference")]
         else:
             yardsticks = [eager(_fresh(inputs, torch.device("cpu"))) for eager in case.eager]
-        for impl in OPS.get(case.op, OPS["pool_features"])[1]:
-            if not why_not(impl, device, dtype, case.sizes):
+        op = case.op if case.op in OPS else "pool_features"
+        for impl in OPS[op][1]:
+            if not why_not(op, impl, device, dtype, case.sizes):
                 result = SelfTestResult(case.op, impl, str(dtype).removeprefix("torch."), case.name)
                 try:
                     first = case.run(_fresh(inputs, device), impl)

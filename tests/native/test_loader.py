@@ -112,7 +112,7 @@ with open("/proc/self/maps") as maps:
 
 
 def test_only_the_cpu_and_cuda_are_served():
-    reason = _dispatch.why_not("native", torch.device("meta"), torch.float32)
+    reason = _dispatch.why_not("feature_matching", "native", torch.device("meta"), torch.float32)
     assert reason == "they are compiled for the CPU and for CUDA only"
     with pytest.raises(ValueError, match="they are compiled for the CPU and for CUDA only"):
         _dispatch.resolve_impl("feature_matching", "native", torch.device("meta"), torch.float32)
