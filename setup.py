@@ -153,7 +153,7 @@ CUDA_KERNELS = Extension(
 EXTENSIONS = {
     "auto": [CPU_KERNELS, CUDA_KERNELS],
     "cpu": [CPU_KERNELS],
-    "cuda": [CPU_KERNELS, CUDA_KERNELS],
+    "cuda": [CUDA_KERNELS, CPU_KERNELS],
     "none": [],
 }
 

@@ -66,8 +66,9 @@ def select_impl(
     """The implementation that ``impl="auto"`` runs for ``op`` on tensors of this device and dtype.
 
     Args:
-        sizes: those that an implementation may have a limit for: "n" rollouts per anchor of ``feature_matching``; "L"
-            layers of ``pool_features``, and "L*K" hidden states of one mean with ``pooling="mean"``. None: few.
+        sizes: those that an implementation may have a limit for, by name: "n", rollouts per anchor, of
+            ``feature_matching`` and ``mean_embedding_loss``; "L", layers, of ``pool_features``, and "L*K", hidden
+            states of one mean, of its ``pooling="mean"``. None: all are within the limits.
 
     Raises:
         ValueError: ``op`` is not one of the package's ops.

@@ -22,8 +22,16 @@ DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 
 # Device type -> its module.
 _MODULES = {"cpu": "_C", "cuda": "_cuda"}
-# The ops that there are CUDA kernels for, and the most that these take of the sizes that a call names.
-_CUDA_LIMITS = {"pool_features": {"L": 64, "L*K": 2560}, "mean_embedding_loss": {}, "feature_matching": {"n": 16}}
+# Device type -> the ops that there are kernels for, and the most that these take of the sizes that a call names.
+_LIMITS: dict[str, dict[str, dict[str, int]]] = {
+    "cpu": {"pool_features": {}, "mean_embedding_loss": {"n": 16384}, "feature_matching": {"n": 16384}},
+    "cuda": {
+        "pool_features": {"L": 64, "L*K": 2560},
+        "mean_embedding_loss": {"n": 32767},
+        "feature_matching": {"n": 16},
+        "layout": {},
+    },
+}
 # Module -> its language, and what pip needs to build it.
 _BUILT = {"_C": ("C++", "a C++17 compiler"), "_cuda": ("CUDA", "nvcc on PATH")}
 
@@ -37,14 +45,13 @@ def why_not(device_type: str) -> str:
 
 
 def declines(op: str, device: torch.device, sizes: Mapping[str, int]) -> str:
-    """Why the kernels cannot run a call of these sizes; "" if they can. See :func:`ebft_kernels.select_impl`."""
-    if not on_cuda(device):
-        return ""
-    if op not in _CUDA_LIMITS:
-        return "it was compiled for the CPU only"
-    for name, most in _CUDA_LIMITS[op].items():
+    """Why there is no kernel for a call of these sizes; "" if there is. See :func:`ebft_kernels.select_impl`."""
+    kind = "cuda" if on_cuda(device) else "cpu"
+    if op not in _LIMITS[kind]:
+        return f"there is no compiled kernel for {kind}"
+    for name, most in _LIMITS[kind][op].items():
         if sizes.get(name, 0) > most:
-            return f"on CUDA it takes at most {name} = {most}, got {sizes[name]}"
+            return f"on {kind} it takes at most {name} = {most}, got {sizes[name]}"
     return ""
 
 

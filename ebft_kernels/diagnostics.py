@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -98,8 +99,9 @@ def self_test(*, device: torch.device | str | None = None, verbose: bool = True)
     device = _default_device() if device is None else torch.device(device)
     start = time.perf_counter()
     results = [result for case in cases(large=device.type != "cpu") for result in _compare(case, device)]
-    if not _triton.why_not(device.type):
-        results += [_compare_layout(name, device) for name in ("odd", "documents")]
+    for impl in ("triton", "native"):
+        if not why_not("layout", impl, device):
+            results += [_compare_layout(impl, name, device) for name in ("odd", "documents")]
     if verbose:
         _print(results, device, time.perf_counter() - start)
     return all(result.passed for result in results)
@@ -144,18 +146,17 @@ def _compare(case: Case, device: torch.device) -> Iterator[SelfTestResult]:
                     yield result._replace(problem=f"{type(error).__name__}: {error}")
 
 
-def _compare_layout(name: str, device: torch.device) -> SelfTestResult:
+def _compare_layout(impl: str, name: str, device: torch.device) -> SelfTestResult:
     """A layout's large tensors as kernels write them on a GPU, and as PyTorch does on the CPU; all are integers."""
-    result = SelfTestResult("layout", "triton", "integers", name, "mask, positions, ranges")
+    result = SelfTestResult("layout", impl, "integers", name, "mask, positions, ranges")
     rows = LAYOUTS[name]()
     expected = [rows.dense_mask(), rows.position_ids, *rows.key_ranges]
     try:
-        from . import _layout_triton
-
+        kernels = importlib.import_module(f"ebft_kernels._layout_{impl}")
         anchors, prompt_start = (x.to(device) for x in (rows.anchors, rows.prompt_start))
-        position_ids, ranges = _layout_triton.geometry(anchors, prompt_start, rows.horizon, rows.samples)
+        position_ids, ranges = kernels.geometry(anchors, prompt_start, rows.horizon, rows.samples)
         sizes = {"length": rows.length, "horizon": rows.horizon, "full": False}
-        actual = [_layout_triton.dense_mask(*ranges, **sizes), position_ids, *ranges]
+        actual = [kernels.dense_mask(*ranges, **sizes), position_ids, *ranges]
         wrong = sum(int((x.cpu() != y).sum()) for x, y in zip(actual, expected, strict=True))
     except Exception as error:  # as above
         return result._replace(problem=f"{type(error).__name__}: {error}")

@@ -10,13 +10,14 @@ Shape alphabet: B batch, P prompt length, A anchors, n samples, G horizon, S pac
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import _layout_native, _native, _triton
 from ._checks import INTEGER, check_int, check_option, check_tensor
-from ._triton import why_not
 
 
 class KeyRanges(NamedTuple):
@@ -371,10 +372,8 @@ class StridedLayout:
             block: "causal", or "full": a rollout token sees the later tokens of its rollout too.
         """
         ranges, own_end = self.visible_keys(window), self._own_end(block)
-        if _written_by_kernels(self.anchors):
-            from ._layout_triton import dense_mask
-
-            return dense_mask(*ranges, length=self.length, horizon=self.horizon, full=block == "full")
+        if kernels := _kernels(self.anchors):
+            return kernels.dense_mask(*ranges, length=self.length, horizon=self.horizon, full=block == "full")
         prefix_start, prefix_end, own_start, own_end = (r[:, None, :, None] for r in (*ranges, own_end))
         key = torch.arange(self.packed_length, device=self.device)
         return ((key >= prefix_start) & (key < prefix_end)) | ((key >= own_start) & (key < own_end))
@@ -513,17 +512,21 @@ def _window_is_whole(anchors: Tensor, lengths: Tensor, prompt_start: Tensor, hor
     return inside & (before == end)
 
 
-def _written_by_kernels(x: Tensor) -> bool:
-    """Whether what belongs to ``x`` is written by Triton kernels: on a GPU, unless the code is being traced."""
-    return not torch.compiler.is_compiling() and type(x) is Tensor and x.device.type == "cuda" and not why_not("cuda")
+def _kernels(x: Tensor) -> ModuleType | None:
+    """What writes the large tensors that belong to ``x`` on a GPU, unless the code is being traced; None: PyTorch."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cuda":
+        return None
+    if not _triton.why_not("cuda"):
+        from . import _layout_triton
+
+        return _layout_triton
+    return None if _native.why_not("cuda") else _layout_native
 
 
 def _geometry(anchors: Tensor, prompt_start: Tensor, horizon: int, samples: int) -> tuple[Tensor, KeyRanges]:
     """Position ids [B, S] and key ranges [B, S] of all packed rows."""
-    if _written_by_kernels(anchors):
-        from ._layout_triton import geometry
-
-        position_ids, ranges = geometry(anchors, prompt_start, horizon, samples)
+    if kernels := _kernels(anchors):
+        position_ids, ranges = kernels.geometry(anchors, prompt_start, horizon, samples)
         return position_ids, KeyRanges(*ranges)
     (batch_size, length), num_anchors, device = prompt_start.shape, anchors.shape[1], anchors.device
     prompt = torch.arange(length, dtype=torch.int32, device=device).expand(batch_size, length)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ebft_kernels import StridedLayout, layout
+from ebft_kernels import StridedLayout, _native, _triton, layout
 from ebft_kernels.testing import LAYOUTS
 
 SMALL = ("odd", "one_sample", "arbitrary", "padded", "documents", "empty_batch")
@@ -29,7 +29,7 @@ def with_kernels(monkeypatch) -> list[str]:
 
     recorded("dense_mask")
     recorded("geometry")
-    monkeypatch.setattr(layout, "_written_by_kernels", lambda _: True)
+    monkeypatch.setattr(layout, "_kernels", lambda _: _layout_triton)
     return written
 
 
@@ -68,9 +68,17 @@ def test_empty_batch(monkeypatch):
     assert LAYOUTS["empty_batch"]().dense_mask().shape == expected.shape
 
 
-def test_kernels_are_for_gpu_tensors_that_are_not_traced(monkeypatch):
-    monkeypatch.setattr(layout, "why_not", lambda device: "" if device == "cuda" else "not here")
-    assert not layout._written_by_kernels(torch.zeros(1))
+@pytest.mark.parametrize(
+    ("triton", "native", "chosen"),
+    [("", "", "_layout_triton"), ("not here", "", "_layout_native"), ("not here", "neither", None)],
+)
+def test_kernels_are_for_gpu_tensors_that_are_not_traced(triton, native, chosen, monkeypatch):
+    monkeypatch.setattr(_triton, "why_not", lambda _device_type: triton)
+    monkeypatch.setattr(_native, "why_not", lambda _device_type: native)
+    assert layout._kernels(torch.zeros(1)) is None
     with FakeTensorMode():
         fake = torch.zeros(1, device="cuda")
-    assert fake.device.type == "cuda" and not layout._written_by_kernels(fake)
+    assert fake.device.type == "cuda" and layout._kernels(fake) is None
+    monkeypatch.setattr(layout, "Tensor", type(fake))
+    kernels = layout._kernels(fake)
+    assert (kernels and kernels.__name__.rpartition(".")[2]) == chosen

@@ -76,7 +76,8 @@ def mean_embedding_loss(
     check_option("unbiased", unbiased, (False, True))
     if unbiased and rollout_features.shape[2] < 2:
         raise ValueError("unbiased: expected at least n = 2 rollouts per anchor, got n = 1")
-    impl = resolve_impl("mean_embedding_loss", impl, rollout_features.device, rollout_features.dtype)
+    sizes = {"n": rollout_features.shape[2]}
+    impl = resolve_impl("mean_embedding_loss", impl, rollout_features.device, rollout_features.dtype, sizes)
     if impl == "reference":
         loss = _reference.mean_embedding_loss(rollout_features, target_features, unbiased=unbiased)
     else:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebft_kernels import StridedLayout
+from ebft_kernels import StridedLayout, _layout_native
+from ebft_kernels import layout as layouts
 from ebft_kernels.testing import LAYOUTS
 
 PROMPT_ONLY = {"prompt_only": lambda: LAYOUTS["documents"]().prompt_only()}
@@ -31,17 +32,28 @@ def mask_of(emulation, layout: StridedLayout, window: int | None, block: str, *,
     return mask.bool().view(layout.batch_size, 1, layout.packed_length, layout.packed_length)
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, *PROMPT_ONLY])
-def test_positions_and_key_ranges(emulation, name):
-    layout = {**LAYOUTS, **PROMPT_ONLY}[name]()
-    shape = (layout.batch_size, layout.packed_length)
-    positions = torch.full(shape, -7)
-    ranges = [torch.full(shape, -7, dtype=torch.int32) for _ in range(3)]
-    inputs = (layout.anchors.contiguous(), layout.prompt_start.contiguous())
-    emulation.module.layout_geometry(0, sizes_of(layout), *(x.data_ptr() for x in (*inputs, positions, *ranges)))
-    assert torch.equal(positions, layout.position_ids)
-    for actual, expected in zip(ranges, layout.key_ranges, strict=True):
-        assert torch.equal(actual, expected)
+@pytest.fixture
+def by_kernels(cuda, monkeypatch):  # noqa: ARG001
+    """Has the kernels write all large tensors of layouts from now on."""
+    return lambda: monkeypatch.setattr(layouts, "_kernels", lambda _x: _layout_native)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_written_by_kernels(name, by_kernels):
+    expected = LAYOUTS[name]()
+    expected = [expected, expected.without_last_step(), expected.prompt_only()]
+    masks = [[x.dense_mask(3, block=block) for block in ("causal", "full")] for x in expected]
+    by_kernels()
+    layout = LAYOUTS[name]()
+    for actual, plain, of_plain in zip(
+        (layout, layout.without_last_step(), layout.prompt_only()), expected, masks, strict=True
+    ):
+        assert torch.equal(actual.position_ids, plain.position_ids) and actual.position_ids.dtype == torch.int64
+        for a, b in zip(actual.key_ranges, plain.key_ranges, strict=True):
+            assert torch.equal(a, b) and a.dtype == torch.int32
+        for block, mask in zip(("causal", "full"), of_plain, strict=True):
+            made = actual.dense_mask(3, block=block)
+            assert torch.equal(made, mask) and made.dtype == torch.bool and made.is_contiguous()
 
 
 @pytest.mark.parametrize("block", ("causal", "full"))

@@ -79,6 +79,7 @@ def test_on_cuda_triton_is_preferred_and_native_does_what_it_does_not(gpu, monke
     assert available_impls("feature_matching", "cuda") == ("triton", "native", "torch", "reference")
     assert select_impl("pool_features", "cuda", torch.bfloat16) == "triton"
     assert select_impl("pool_features", "cuda", torch.float64) == "native"
+    assert select_impl("strided_attention", "cuda", torch.float64) == "torch"
     monkeypatch.setattr(_triton, "why_not", lambda _device_type: "triton is not installed")
     assert select_impl("feature_matching", "cuda", torch.float32) == "native"
     assert select_impl("feature_matching", "cuda", torch.float32, sizes={"n": 16}) == "native"
