@@ -119,7 +119,8 @@ class BuildKernels(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, extension.sources))
         # With a runtime of its own, hidden from that of torch, the library can be loaded where nothing of CUDA is.
-        self.spawn([nvcc, "-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL", *objects, "-o", library])
+        hidden = ["--no-device-link", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+        self.spawn([nvcc, "-shared", *hidden, *objects, "-o", library])
         return f"{', '.join(f'sm_{target}' for target in targets)} and PTX"
 
 
