@@ -1,10 +1,11 @@
-"""Two import packages in one distribution, the kernels at the top level and the trainer under ``python/``; and the C++
-module ``ebft_kernels._C``.
+"""Two import packages in one distribution, the kernels at the top level and the trainer under ``python/``; and the
+compiled modules ``ebft_kernels._C``, for the CPU, and ``ebft_kernels._cuda``.
 
 The environment variable ``EBFT_KERNELS_BUILD`` says what to compile:
 
-    auto   the C++ kernels if that works here; otherwise install without them (the default)
+    auto   whatever can be compiled here: C++ with gcc or clang, CUDA where nvcc is on PATH (the default)
     cpu    the C++ kernels; fail if that does not work
+    cuda   the C++ and the CUDA kernels; fail if that does not work
     none   nothing
 
 torch is not needed for it, and one binary serves all its versions.
@@ -13,14 +14,21 @@ torch is not needed for it, and one binary serves all its versions.
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, PlatformError
 
-MODES = ("auto", "cpu", "none")
+MODES = ("auto", "cpu", "cuda", "none")
+
+#: GPUs that there is machine code for, as far as nvcc knows them; newer ones translate the PTX of the last.
+TARGETS = (80, 86, 89, 90, 100, 120)
 
 
 def build_mode() -> str:
@@ -42,34 +50,42 @@ int main() { return omp_get_thread_num(); }
 
 
 class BuildKernels(build_ext):
-    """Compiles for every processor of the architecture; AVX2 and AVX-512 code is chosen when it runs."""
+    """Compiles for every processor of the architecture, where AVX2 and AVX-512 code is chosen when it runs, and for
+    every GPU in ``TARGETS``."""
 
     def build_extensions(self) -> None:
-        """Compile, or in mode "auto" say in one line why not."""
-        try:
-            self._prepare()
-            super().build_extensions()
-        except (BaseError, CCompilerError, ImportError) as error:
-            if build_mode() != "auto":
-                raise
-            self.extensions = []
-            print(f"ebft-kernels: installing without the C++ kernels: {error}", file=sys.stderr)
-        else:
-            print("ebft-kernels: compiled the C++ kernels for the CPU", file=sys.stderr)
+        """Compile, and say in one line what was compiled and, in mode "auto", why not the rest."""
+        self.check_extensions_list(self.extensions)
+        compiled, outcomes = [], []
+        for extension in self.extensions:
+            name, build = ("CUDA", self._build_cuda) if extension is CUDA_KERNELS else ("C++", self._build_cpp)
+            try:
+                outcome = build(extension)
+            except (BaseError, CCompilerError, ImportError, OSError, subprocess.CalledProcessError) as error:
+                if build_mode() != "auto":
+                    raise PlatformError(f"the {name} kernels cannot be compiled: {error}") from error
+                outcomes.append(f"{name} kernels not compiled ({error})")
+            else:
+                compiled.append(extension)
+                outcomes.append(f"{name} kernels compiled for {outcome}")
+        self.extensions = compiled
+        print(f"ebft-kernels: {'; '.join(outcomes)}", file=sys.stderr)
 
-    def _prepare(self) -> None:
-        import pybind11
+    def _build_cpp(self, extension: Extension) -> str:
+        """Compile the C++ kernels, and say for what."""
+        from pybind11 import get_include
         from pybind11.setup_helpers import ParallelCompile
 
         if self.compiler.compiler_type != "unix":
             raise PlatformError(f"they need gcc or clang, the compiler here is {self.compiler.compiler_type}")
         ParallelCompile(default=0).install()
-        for extension in self.extensions:
-            extension.include_dirs.append(pybind11.get_include())
-            extension.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
-            # For the compiler alone: the library is linked with no OpenMP runtime and uses the one that torch brings.
-            if self._accepts("-fopenmp"):
-                extension.extra_compile_args.append("-fopenmp")
+        extension.include_dirs.append(get_include())
+        extension.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+        # For the compiler alone: the library is linked with no OpenMP runtime and uses the one that torch brings.
+        if self._accepts("-fopenmp"):
+            extension.extra_compile_args.append("-fopenmp")
+        self.build_extension(extension)
+        return "the CPU"
 
     def _accepts(self, flag: str) -> bool:
         os.makedirs(self.build_temp, exist_ok=True)
@@ -82,13 +98,65 @@ class BuildKernels(build_ext):
             return False
         return True
 
+    def _build_cuda(self, extension: Extension) -> str:
+        """Compile the CUDA kernels with nvcc, one source per processor at a time, and say for what."""
+        import pybind11
 
-KERNELS = Extension(
+        nvcc, targets = find_nvcc()
+        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags += [f"-I{folder}" for folder in (*self.include_dirs, pybind11.get_include())]
+        flags += [f"-gencode=arch=compute_{target},code=sm_{target}" for target in targets]
+        flags += [f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
+        library = self.get_ext_fullpath(extension.name)
+        for folder in (self.build_temp, os.path.dirname(library)):
+            os.makedirs(folder, exist_ok=True)
+
+        def compile_one(source: str) -> str:
+            made = os.path.join(self.build_temp, f"{os.path.basename(source)}.o")
+            self.spawn([nvcc, *flags, "-c", source, "-o", made])
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, extension.sources))
+        # With a runtime of its own, hidden from that of torch, the library can be loaded where nothing of CUDA is.
+        hidden = ["--no-device-link", "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+        self.spawn([nvcc, "-shared", *hidden, *objects, "-o", library])
+        return f"{', '.join(f'sm_{target}' for target in targets)} and PTX"
+
+
+def find_nvcc() -> tuple[str, list[int]]:
+    """nvcc, and those of ``TARGETS`` that it can compile for."""
+    if not sys.platform.startswith("linux"):
+        raise PlatformError("they are built on Linux only")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise PlatformError("there is no nvcc on PATH")
+    said = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
+    known = {int(number) for number in re.findall(r"\bsm_(\d+)\b", said)}
+    targets = [target for target in TARGETS if target in known]
+    if not targets:
+        raise PlatformError(f"{nvcc} compiles for none of {', '.join(f'sm_{target}' for target in TARGETS)}")
+    return nvcc, targets
+
+
+CPU_KERNELS = Extension(
     "ebft_kernels._C",
     sources=sorted(["csrc/bindings.cpp", *glob("csrc/cpu/*.cpp")]),
-    depends=sorted(glob("csrc/*/*.h")),
+    depends=sorted([*glob("csrc/*.h"), *glob("csrc/*/*.h")]),
     language="c++",
 )
+CUDA_KERNELS = Extension(
+    "ebft_kernels._cuda",
+    sources=sorted(["csrc/bindings_cuda.cpp", *glob("csrc/cuda/*.cu")], key=os.path.getsize, reverse=True),
+    depends=CPU_KERNELS.depends,
+    language="c++",
+)
+EXTENSIONS = {
+    "auto": [CPU_KERNELS, CUDA_KERNELS],
+    "cpu": [CPU_KERNELS],
+    "cuda": [CUDA_KERNELS, CPU_KERNELS],
+    "none": [],
+}
 
 setup(
     packages=[
@@ -100,6 +168,6 @@ setup(
         "ebft_kernels": ["py.typed"],
         "ebft_trainer.demo_model": ["*.json", "*.safetensors", "*.log", "*.md"],
     },
-    ext_modules=[] if build_mode() == "none" else [KERNELS],
+    ext_modules=EXTENSIONS[build_mode()],
     cmdclass={"build_ext": BuildKernels},
 )

@@ -53,8 +53,8 @@ def read_binary(compiled: Any) -> Binary:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(asm["cubin"])
-        resources = nvidia_resources(_tool("cuobjdump", "-res-usage", str(path)))
-        instructions = nvidia_instructions(_tool("nvdisasm", "-c", str(path)))
+        resources = nvidia_resources(tool("cuobjdump", "-res-usage", str(path)))
+        instructions = nvidia_instructions(tool("nvdisasm", "-c", str(path)))
     return Binary(**resources, instructions=instructions, **common)
 
 
@@ -103,7 +103,8 @@ def amd_instructions(code: str) -> dict[str, int]:
     return dict(counts)
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
+    """What one of NVIDIA's tools says, of those that Triton brings along."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

@@ -1,9 +1,11 @@
-"""What every Triton kernel becomes on each supported architecture, compiled here without a GPU.
+"""What every Triton and every CUDA kernel becomes on each supported architecture, compiled here without a GPU.
 
     python -m bench.compiled_kernels [--check] [--arch sm_90] [--workers 2]
 
-Runs the ops themselves with the tiles that they would choose on each architecture, reads the compiled kernels and
-writes docs/compiled-kernels.md. With ``--check`` it writes nothing and fails if the document is not what comes out.
+Runs the ops themselves with the tiles that they would choose on each architecture, reads the compiled kernels, and
+those that pip built from csrc/cuda, and writes docs/compiled-kernels.md. With ``--check`` it writes nothing and fails
+if the document is not what comes out. What it says of CUDA kernels is not compared where they were not built, or not
+by the CUDA that it names.
 Either way it fails if a kernel spills registers, needs more shared memory than there is, multiplies 16-bit matrices
 without tensor cores, or does not access memory 16 bytes at a time.
 """
@@ -16,13 +18,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
 
-from . import _cases
+from ebft_kernels import _native
+
+from . import _cases, _cuda_kernels
 from ._binaries import TENSOR_INSTRUCTIONS, WIDE_LOADS, WIDE_STORES, read_binary
 from ._documents import DOCS, drift, table, write
 from ._targets import GPUS, KIB, compiling, programs_in_flight
@@ -105,13 +109,39 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = _compile([arguments.arch] if arguments.arch else list(GPUS), arguments.workers)
     complaints = [f"{row.arch} {row.kernel} ({row.case}): {problem}" for row in rows for problem in row.problems]
+    cuda, found = _cuda_part(check=arguments.check)
+    complaints += found
     if arguments.arch:
         print(_section(arguments.arch, rows))
     elif arguments.check:
-        complaints += drift(DOCUMENT, _document(rows), COMMAND)
+        complaints += drift(DOCUMENT, f"{_triton_part(rows)}\n{cuda}", COMMAND)
     else:
-        write(DOCUMENT, _document(rows))
+        write(DOCUMENT, f"{_triton_part(rows)}\n{cuda}")
     sys.exit("\n".join(complaints) or 0)
+
+
+def _cuda_part(*, check: bool) -> tuple[str, list[str]]:
+    """What the document says of the CUDA kernels, and what is wrong with them."""
+    committed = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+    _, heading, rest = committed.partition(_CUDA_HEADING)
+    compiler = _cuda_kernels.compiler()
+    if not compiler:
+        print(f"no CUDA kernels to look at: {_native.build_info()}", file=sys.stderr)
+        return heading + rest, []
+    with ThreadPoolExecutor(2) as pool:
+        kernels = dict(zip(_cuda_kernels.ARCHS, pool.map(_cuda_kernels.read, _cuda_kernels.ARCHS), strict=True))
+    parts = [_CUDA_INTRODUCTION.format(heading=_CUDA_HEADING, compiler=compiler)]
+    parts += [_cuda_kernels.section(arch, kernels[arch]) for arch in kernels]
+    found = [
+        f"{arch} {kernel.name} ({kernel.arguments}): {problem}"
+        for arch in kernels
+        for kernel in kernels[arch]
+        for problem in _cuda_kernels.problems(kernel)
+    ]
+    if check and f"compiled by {compiler}." not in rest:
+        print(f"not compared with what the document says of CUDA kernels: {compiler}", file=sys.stderr)
+        return heading + rest, found
+    return "\n".join(parts), found
 
 
 def _compile(archs: list[str], workers: int) -> list[Row]:
@@ -184,7 +214,7 @@ def _problems(gpu, kernel: str, binary) -> Iterator[str]:
             yield f"has no 16-byte {access}"
 
 
-def _document(rows: list[Row]) -> str:
+def _triton_part(rows: list[Row]) -> str:
     import triton
 
     limits = [(gpu.arch, gpu.name, f"{gpu.shared_limit // KIB} KiB", gpu.warps, gpu.programs) for gpu in GPUS.values()]
@@ -236,6 +266,22 @@ _LEGEND = """\
 * **instructions**: how often they stand in the code (loops count once). HMMA, HGMMA, UTCHMMA and MFMA are the matrix
   units' instructions and must be there wherever 16-bit matrices are multiplied. LDG is a load from global memory,
   LDGSTS one that goes straight to shared memory, STG a store; 128 means 16 bytes per thread.
+"""
+
+_CUDA_HEADING = "# CUDA kernels"
+
+_CUDA_INTRODUCTION = """\
+{heading}
+
+Those of csrc/cuda in `ebft_kernels._cuda`, as pip built it, compiled by {compiler}. Columns are as above, and:
+
+* **case**: the type of the elements; for `gram_kernel` also how many rows a thread takes at a time, and whether these
+  are tiles of more.
+* **warps**: of a block. Where rows are short there are fewer.
+* **spills**: bytes of stack per thread, spilled or not. Must be 0.
+* **shared**: static shared memory. When it is started, `match_kernel` asks for 8 (3n^2 + 5n) bytes more for each anchor
+  of a block, at most 48 KiB, and `pool_fwd_kernel` for 8 (L + 1) bytes for each token of a feature; **programs** leaves
+  that out.
 """
 
 

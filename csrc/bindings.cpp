@@ -1,18 +1,13 @@
-// The Python module ebft_kernels._C. Tensors arrive as addresses, sizes and strides, so that one binary serves every
-// version of torch; the callers in Python check and allocate, and what is cheap to check is checked again here.
+// The Python module ebft_kernels._C: the kernels for the CPU.
+#include "bindings_common.h"
 #include "cpu/attention.h"
 #include "cpu/layout.h"
 #include "cpu/matching.h"
 #include "cpu/pooling.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 namespace py = pybind11;
@@ -20,20 +15,6 @@ namespace py = pybind11;
 namespace {
 
 using namespace ebft;
-using Sizes = std::vector<int64_t>;
-
-void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
-}
-
-template <class Enum>
-Enum checked_enum(const char* name, int value, int count) {
-  if (value < 0 || value >= count) {
-    throw std::invalid_argument(std::string(name) + ": expected a number from 0 to " + std::to_string(count - 1) +
-                                ", got " + std::to_string(value));
-  }
-  return Enum(value);
-}
 
 cpu::Execution execution(int isa, int threads) {
   require(threads >= 1, "threads: expected at least 1");
@@ -53,8 +34,7 @@ T* array(uintptr_t address, bool needed) {
 // `sizes` [leading..., n, F] of the rollouts; strides in bytes, those of the last axes left out.
 cpu::Features features(int dtype, Sizes sizes, uintptr_t rollouts, Sizes rollout_strides, uintptr_t targets,
                        Sizes target_strides) {
-  require(sizes.size() >= 2 && sizes.size() == rollout_strides.size() + 1 && sizes.size() == target_strides.size() + 2,
-          "strides: expected one for each axis but the last");
+  check_strides(sizes, rollout_strides, target_strides);
   cpu::Features x;
   x.dtype = checked_enum<cpu::Dtype>("dtype", dtype, 4);
   for (int64_t size : sizes) require(size >= 0, "sizes: expected no negative one");
@@ -112,9 +92,6 @@ void mean_embedding_backward(int isa, int threads, int dtype, const Sizes& sizes
   const py::gil_scoped_release unlocked;
   cpu::mean_embedding_backward(run, x, unbiased, grad_in, difference_in, rollouts_out, targets_out);
 }
-
-// Address and the strides, in bytes, of the axes B and S of each layer [B, S, C].
-using Layers = std::vector<std::tuple<uintptr_t, int64_t, int64_t>>;
 
 std::vector<cpu::Layer> checked_layers(const Layers& layers, bool needed) {
   require(!layers.empty(), "layers: expected at least one");
@@ -248,9 +225,9 @@ void strided_attention_backward(int isa, int threads, int dtype, const Sizes& si
   cpu::strided_attention_backward(run, type, x, results, statistics, upstream, to_q, to_k, to_v);
 }
 
-void layout_geometry(int threads, const Sizes& sizes, uintptr_t anchors, uintptr_t prompt_start, uintptr_t positions,
+void layout_geometry(int isa, int threads, const Sizes& sizes, uintptr_t anchors, uintptr_t prompt_start, uintptr_t positions,
                      uintptr_t prefix_start, uintptr_t prefix_end, uintptr_t own_start) {
-  require(threads >= 1, "threads: expected at least 1");
+  const cpu::Execution run = execution(isa, threads);
   const PackedSizes packed = packed_sizes(sizes);
   const int64_t batch = sizes[0];
   const auto* from = array<const int32_t>(anchors, batch * packed.anchors > 0);
@@ -260,19 +237,19 @@ void layout_geometry(int threads, const Sizes& sizes, uintptr_t anchors, uintptr
   const cpu::RangeArrays<int32_t> ranges = {array<int32_t>(prefix_start, needed), array<int32_t>(prefix_end, needed),
                                             array<int32_t>(own_start, needed)};
   const py::gil_scoped_release unlocked;
-  cpu::layout_geometry(threads, packed, batch, from, starts, to, ranges);
+  cpu::layout_geometry(run.threads, packed, batch, from, starts, to, ranges);
 }
 
-void dense_mask(int threads, const Sizes& sizes, uintptr_t prefix_start, uintptr_t prefix_end, uintptr_t own_start,
-                bool full, uintptr_t mask) {
-  require(threads >= 1, "threads: expected at least 1");
+void layout_mask(int isa, int threads, const Sizes& sizes, uintptr_t prefix_start, uintptr_t prefix_end,
+                 uintptr_t own_start, bool full, uintptr_t mask) {
+  const cpu::Execution run = execution(isa, threads);
   const PackedSizes packed = packed_sizes(sizes);
   const bool needed = sizes[0] * packed.packed() > 0;
   const cpu::KeyRanges ranges = {array<const int32_t>(prefix_start, needed), array<const int32_t>(prefix_end, needed),
                                  array<const int32_t>(own_start, needed)};
   auto* to = array<uint8_t>(mask, needed);
   const py::gil_scoped_release unlocked;
-  cpu::dense_mask(threads, packed, sizes[0], ranges, full, to);
+  cpu::dense_mask(run.threads, packed, sizes[0], ranges, full, to);
 }
 
 std::vector<std::string> isas() {
@@ -302,7 +279,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_features", &pool_features);
   m.def("pool_features_backward", &pool_features_backward);
   m.def("layout_geometry", &layout_geometry);
-  m.def("dense_mask", &dense_mask);
+  m.def("layout_mask", &layout_mask);
   m.def("strided_attention", &strided_attention);
   m.def("strided_attention_backward", &strided_attention_backward);
 }

@@ -1,8 +1,9 @@
-"""Which implementation runs: a pure function of the op, the device and the dtype, never a silent fallback."""
+"""Which implementation runs: a pure function of the op, the device, the dtype and sizes, never a silent fallback."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -16,12 +17,14 @@ IMPLS = ("auto", "reference", "torch", "triton", "native")
 
 # Op -> the folder that holds its implementations, and which of them exist, in the order in which "auto" prefers them.
 # `_torch` and `_reference` run on every device and for every dtype; the others may decline.
+# On CUDA Triton comes before native: its matching does in one kernel what takes the compiled code two, for any n, and
+# match_hidden_states stores no features. Neither has been timed on a GPU.
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "strided_attention": ("attention", ("native", "triton", "torch", "reference")),
-    "strided_attention_step": ("attention", ("native", "triton", "torch", "reference")),
-    "pool_features": ("pooling", ("native", "triton", "torch", "reference")),
-    "mean_embedding_loss": ("matching", ("native", "triton", "torch", "reference")),
-    "feature_matching": ("matching", ("native", "triton", "torch", "reference")),
+    "strided_attention": ("attention", ("triton", "native", "torch", "reference")),
+    "strided_attention_step": ("attention", ("triton", "native", "torch", "reference")),
+    "pool_features": ("pooling", ("triton", "native", "torch", "reference")),
+    "mean_embedding_loss": ("matching", ("triton", "native", "torch", "reference")),
+    "feature_matching": ("matching", ("triton", "native", "torch", "reference")),
     "linear_log_probs": ("logprob", ("torch", "reference")),
 }
 
@@ -34,16 +37,22 @@ def available_impls(op: str, device: torch.device | str) -> tuple[str, ...]:
     """
     check_option("op", op, OPS)
     device = torch.device(device)
-    found = tuple(impl for impl in OPS[op][1] if not why_not(impl, device))
+    found = tuple(impl for impl in OPS[op][1] if not why_not(op, impl, device))
     if device.type == "cpu" and "triton" in found:  # the interpreter is there for tests; nobody wants it by default
         found = (*(impl for impl in found if impl != "triton"), "triton")
     return found
 
 
-def why_not(impl: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """Why an implementation that exists cannot run on tensors of this device and dtype; "" if it can."""
+def why_not(
+    op: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> str:
+    """Why an implementation of ``op`` cannot run on tensors of this device, dtype and these sizes; "" if it can."""
     if impl == "native":
-        return _native.why_not(device.type)
+        return _native.why_not(device.type) or _native.declines(op, device, sizes or {})
     if impl != "triton":
         return ""
     if dtype is not None and dtype not in _triton.DTYPES:
@@ -51,8 +60,15 @@ def why_not(impl: str, device: torch.device, dtype: torch.dtype | None = None) -
     return _triton.why_not(device.type)
 
 
-def select_impl(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+def select_impl(
+    op: str, device: torch.device | str, dtype: torch.dtype, *, sizes: Mapping[str, int] | None = None
+) -> str:
     """The implementation that ``impl="auto"`` runs for ``op`` on tensors of this device and dtype.
+
+    Args:
+        sizes: those that an implementation may have a limit for, by name: "n", rollouts per anchor, of
+            ``feature_matching`` and ``mean_embedding_loss``; "L", layers, of ``pool_features``, and "L*K", hidden
+            states of one mean, of its ``pooling="mean"``. None: all are within the limits.
 
     Raises:
         ValueError: ``op`` is not one of the package's ops.
@@ -61,18 +77,20 @@ def select_impl(op: str, device: torch.device | str, dtype: torch.dtype) -> str:
     if dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected float64, float32, bfloat16 or float16, got {dtype}")
     device = torch.device(device)
-    return next(impl for impl in available_impls(op, device) if not why_not(impl, device, dtype))
+    return next(impl for impl in available_impls(op, device) if not why_not(op, impl, device, dtype, sizes))
 
 
-def resolve_impl(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_impl(
+    op: str, impl: str, device: torch.device, dtype: torch.dtype, sizes: Mapping[str, int] | None = None
+) -> str:
     """The implementation to run for the public argument ``impl``; raises ValueError rather than choose another one."""
     check_option("impl", impl, IMPLS)
     if impl == "auto":
-        return select_impl(op, device, dtype)
+        return select_impl(op, device, dtype, sizes=sizes)
     known = impl in OPS[op][1]
-    reason = why_not(impl, device, dtype) if known else ""
+    reason = why_not(op, impl, device, dtype, sizes) if known else ""
     if reason or not known:
-        available = ", ".join(x for x in available_impls(op, device) if not why_not(x, device, dtype))
+        available = ", ".join(x for x in available_impls(op, device) if not why_not(op, x, device, dtype, sizes))
         because = f" ({reason})" if reason else ""
         raise ValueError(
             f"impl: {op} has no implementation {impl!r} on {device}{because}; available there: {available}"

@@ -1,4 +1,5 @@
-"""The layout's large tensors written by the compiled module: the dense mask, the position ids and the key ranges."""
+"""The layout's large tensors, each number written once by a compiled kernel: the dense mask, the position ids and the
+key ranges. As in ``_layout_triton``."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ def dense_mask(
         full: a rollout token sees the later tokens of its rollout too.
     """
     batch_size, packed_length = own_start.shape
+    rollouts = (packed_length - length) // max(horizon, 1)  # of all anchors: which is whose does not matter here
     mask = own_start.new_empty((batch_size, 1, packed_length, packed_length), dtype=torch.bool)
     ranges = [x.contiguous() for x in (prefix_start, prefix_end, own_start)]
-    rollouts = (packed_length - length) // max(horizon, 1)
-    _native.library().dense_mask(
-        torch.get_num_threads(),
+    _native.run(
+        "layout_mask",
+        mask.device,
         (batch_size, length, rollouts, 1, horizon),
         *(x.data_ptr() for x in ranges),
         full,
@@ -45,10 +47,11 @@ def geometry(
     shape = (batch_size, length + num_anchors * samples * horizon)
     position_ids = anchors.new_empty(shape, dtype=torch.int64)
     ranges = tuple(anchors.new_empty(shape) for _ in range(3))
-    anchors, prompt_start = anchors.contiguous(), prompt_start.contiguous()
-    _native.library().layout_geometry(
-        torch.get_num_threads(),
+    inputs = (anchors.contiguous(), prompt_start.contiguous())
+    _native.run(
+        "layout_geometry",
+        anchors.device,
         (batch_size, length, num_anchors, samples, horizon),
-        *(x.data_ptr() for x in (anchors, prompt_start, position_ids, *ranges)),
+        *(x.data_ptr() for x in (*inputs, position_ids, *ranges)),
     )
     return position_ids, ranges

@@ -28,6 +28,7 @@ class Case(NamedTuple):
         eager: the same in plain PyTorch in the dtype of the inputs, in the ways that there are; where it is None, the
             reference does everything in that dtype that a fast implementation does in it.
         short: also run in 16-bit dtypes.
+        sizes: for which an implementation may decline, as for :func:`ebft_kernels.select_impl`.
     """
 
     op: str
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     run: Callable[[dict[str, Tensor], str], Results]
     eager: tuple[Callable[[dict[str, Tensor]], Results], ...] | None = None
     short: bool = True
+    sizes: dict[str, int] | None = None
 
 
 _STEP = 2
@@ -138,9 +140,8 @@ def _matching_case(width: int, whitening: str, samples: int, estimator: str = "r
         options = {"whitening": whitening, "estimator": estimator, "impl": impl}
         return _matching_results(matching.feature_matching(*tensors.values(), **options))
 
-    return Case(
-        "feature_matching", f"{whitening}, {estimator}, n = {samples}", _features(width, samples, duplicates), run
-    )
+    inputs = _features(width, samples, duplicates)
+    return Case("feature_matching", f"{whitening}, {estimator}, n = {samples}", inputs, run, sizes={"n": samples})
 
 
 def _matching_results(match: matching.FeatureMatching) -> Results:

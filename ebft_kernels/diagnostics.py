@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -34,7 +35,7 @@ def build_info() -> dict[str, str]:
     }
     for op, (_, impls) in OPS.items():
         chosen = select_impl(op, device, torch.float32)
-        missing = [impl for impl in impls if why_not(impl, device)]
+        missing = [impl for impl in impls if why_not(op, impl, device)]
         others = [impl for impl in impls if impl not in (chosen, *missing)]
         info[op] = f"{chosen} on {device.type}; also there: {', '.join(others)}"
         info[op] += f"; not there: {', '.join(missing)}" if missing else ""
@@ -98,8 +99,9 @@ def self_test(*, device: torch.device | str | None = None, verbose: bool = True)
     device = _default_device() if device is None else torch.device(device)
     start = time.perf_counter()
     results = [result for case in cases(large=device.type != "cpu") for result in _compare(case, device)]
-    if not why_not("triton", device):
-        results += [_compare_layout(name, device) for name in ("odd", "documents")]
+    for impl in ("triton", "native"):
+        if not why_not("layout", impl, device):
+            results += [_compare_layout(impl, name, device) for name in ("odd", "documents")]
     if verbose:
         _print(results, device, time.perf_counter() - start)
     return all(result.passed for result in results)
@@ -116,7 +118,7 @@ def _print(results: list[SelfTestResult], device: torch.device, seconds: float) 
         print(f"{r.op:<24}{r.impl:<11}{r.dtype:<10}{r.case:<30}{r.result:<28}{r.error:>9.1e}{r.budget:>10.1e}{verdict}")
     for op, (_, impls) in OPS.items():
         for impl in impls:
-            if reason := why_not(impl, device):
+            if reason := why_not(op, impl, device):
                 print(f"{op:<24}{impl:<11}not run: {reason}")
     wrong = sum(not result.passed for result in results)
     print(f"{len(results)} cases, {wrong or 'none'} wrong, {seconds:.0f} s")
@@ -131,8 +133,9 @@ def _compare(case: Case, device: torch.device) -> Iterator[SelfTestResult]:
             yardsticks = [case.run(_fresh(inputs, torch.device("cpu")), "reference")]
         else:
             yardsticks = [eager(_fresh(inputs, torch.device("cpu"))) for eager in case.eager]
-        for impl in OPS.get(case.op, OPS["pool_features"])[1]:
-            if not why_not(impl, device, dtype):
+        op = case.op if case.op in OPS else "pool_features"
+        for impl in OPS[op][1]:
+            if not why_not(op, impl, device, dtype, case.sizes):
                 result = SelfTestResult(case.op, impl, str(dtype).removeprefix("torch."), case.name)
                 try:
                     first = case.run(_fresh(inputs, device), impl)
@@ -143,18 +146,17 @@ def _compare(case: Case, device: torch.device) -> Iterator[SelfTestResult]:
                     yield result._replace(problem=f"{type(error).__name__}: {error}")
 
 
-def _compare_layout(name: str, device: torch.device) -> SelfTestResult:
+def _compare_layout(impl: str, name: str, device: torch.device) -> SelfTestResult:
     """A layout's large tensors as kernels write them on a GPU, and as PyTorch does on the CPU; all are integers."""
-    result = SelfTestResult("layout", "triton", "integers", name, "mask, positions, ranges")
+    result = SelfTestResult("layout", impl, "integers", name, "mask, positions, ranges")
     rows = LAYOUTS[name]()
     expected = [rows.dense_mask(), rows.position_ids, *rows.key_ranges]
     try:
-        from . import _layout_triton
-
+        kernels = importlib.import_module(f"ebft_kernels._layout_{impl}")
         anchors, prompt_start = (x.to(device) for x in (rows.anchors, rows.prompt_start))
-        position_ids, ranges = _layout_triton.geometry(anchors, prompt_start, rows.horizon, rows.samples)
+        position_ids, ranges = kernels.geometry(anchors, prompt_start, rows.horizon, rows.samples)
         sizes = {"length": rows.length, "horizon": rows.horizon, "full": False}
-        actual = [_layout_triton.dense_mask(*ranges, **sizes), position_ids, *ranges]
+        actual = [kernels.dense_mask(*ranges, **sizes), position_ids, *ranges]
         wrong = sum(int((x.cpu() != y).sum()) for x, y in zip(actual, expected, strict=True))
     except Exception as error:  # as above
         return result._replace(problem=f"{type(error).__name__}: {error}")

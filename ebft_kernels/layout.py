@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native, _triton
+from . import _layout_native, _native, _triton
 from ._checks import INTEGER, check_int, check_option, check_tensor
 
 
@@ -372,7 +372,7 @@ class StridedLayout:
             block: "causal", or "full": a rollout token sees the later tokens of its rollout too.
         """
         ranges, own_end = self.visible_keys(window), self._own_end(block)
-        if (kernels := _kernels_for(self.anchors)) is not None:
+        if kernels := _kernels(self.anchors):
             return kernels.dense_mask(*ranges, length=self.length, horizon=self.horizon, full=block == "full")
         prefix_start, prefix_end, own_start, own_end = (r[:, None, :, None] for r in (*ranges, own_end))
         key = torch.arange(self.packed_length, device=self.device)
@@ -512,24 +512,20 @@ def _window_is_whole(anchors: Tensor, lengths: Tensor, prompt_start: Tensor, hor
     return inside & (before == end)
 
 
-def _kernels_for(x: Tensor) -> ModuleType | None:
-    """The module whose kernels write what belongs to ``x``; None: plain PyTorch does, as for code that is traced."""
+def _kernels(x: Tensor) -> ModuleType | None:
+    """What writes the large tensors that belong to ``x``; None: plain PyTorch does, as for code that is traced."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return None
     if x.device.type == "cuda" and not _triton.why_not("cuda"):
         from . import _layout_triton
 
         return _layout_triton
-    if x.device.type == "cpu" and not _native.why_not("cpu"):
-        from . import _layout_native
-
-        return _layout_native
-    return None
+    return None if _native.why_not(x.device.type) else _layout_native
 
 
 def _geometry(anchors: Tensor, prompt_start: Tensor, horizon: int, samples: int) -> tuple[Tensor, KeyRanges]:
     """Position ids [B, S] and key ranges [B, S] of all packed rows."""
-    if (kernels := _kernels_for(anchors)) is not None:
+    if kernels := _kernels(anchors):
         position_ids, ranges = kernels.geometry(anchors, prompt_start, horizon, samples)
         return position_ids, KeyRanges(*ranges)
     (batch_size, length), num_anchors, device = prompt_start.shape, anchors.shape[1], anchors.device

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench import _binaries, compiled_kernels
+from bench import _binaries, _cuda_kernels, compiled_kernels
 from bench._documents import drift, write
 from bench._targets import GPUS, programs_in_flight
 
@@ -53,11 +55,87 @@ def test_a_kernel_that_does_not_compile_is_named_and_hides_no_other(monkeypatch)
     assert row.case == "broken" and row.problems == ("does not compile: RuntimeError: last line",)
 
 
+def sections() -> dict[str, str]:
+    """The document's sections by their titles: architectures, with "CUDA on" before those of the CUDA kernels."""
+    parts = re.split(r"^## ", compiled_kernels.DOCUMENT.read_text(encoding="utf-8"), flags=re.M)[1:]
+    return dict(part.split("\n", 1) for part in parts)
+
+
 def test_the_document_has_every_kernel_on_every_architecture():
-    sections = re.split(r"^## ", compiled_kernels.DOCUMENT.read_text(encoding="utf-8"), flags=re.M)[1:]
-    assert [section.split("\n", 1)[0] for section in sections] == list(GPUS)
-    for section in sections:
-        assert kernel_names() <= set(re.findall(r"^\| `(\w+)`", section, flags=re.M))
+    assert list(sections()) == [*GPUS, *(f"CUDA on {arch}" for arch in _cuda_kernels.ARCHS)]
+    for arch in GPUS:
+        assert kernel_names() <= set(re.findall(r"^\| `(\w+)`", sections()[arch], flags=re.M))
+
+
+def cuda_kernels() -> set[tuple[str, str]]:
+    """The kernels of csrc/cuda with all arguments that they are compiled for, as the document names them."""
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+    moving = ("mean_embedding_fwd", "mean_embedding_bwd", "pool_fwd", "pool_bwd")
+    found = {(f"{name}_kernel", dtype) for name, dtype in itertools.product(moving, dtypes)}
+    tiles = ("2, 0", "3, 0", "5, 0", "9, 0", "5, 1")
+    found |= {("gram_kernel", f"{dtype}, {tile}") for dtype, tile in itertools.product(dtypes, tiles)}
+    return found | {
+        ("match_kernel", "float32"),
+        ("match_kernel", "float64"),
+        ("geometry_kernel", ""),
+        ("mask_kernel", ""),
+    }
+
+
+def test_the_document_has_every_cuda_kernel_with_all_types_and_sizes():
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert {name for name, _ in cuda_kernels()} == set(re.findall(r"(?<!launch\(\")\b([a-z_]+_kernel)\(", sources))
+    assert {name for name, _ in _cuda_kernels.NARROW} <= {name for name, _ in cuda_kernels()}
+    for arch in _cuda_kernels.ARCHS:
+        rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\|", sections()[f"CUDA on {arch}"], flags=re.M)
+        assert set(rows) == cuda_kernels() and len(rows) == len(cuda_kernels())
+
+
+def test_what_is_demanded_of_a_cuda_kernel():
+    good = _cuda_kernels.Kernel("pool_fwd_kernel", "float32", 60, 0, 32, {"LDG.128": 8, "STG.128": 1})
+    assert not list(_cuda_kernels.problems(good))
+    assert list(_cuda_kernels.problems(good._replace(spilled=8))) == ["spills 8 bytes per thread"]
+    narrow = good._replace(instructions={"LDG.64": 8, "STG.64": 1})
+    assert list(_cuda_kernels.problems(narrow)) == ["has no 16-byte loads", "has no 16-byte stores"]
+    assert list(_cuda_kernels.problems(narrow._replace(name="gram_kernel"))) == ["has no 16-byte loads"]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc on PATH")
+def test_spills_of_a_cuda_kernel_would_be_seen(tmp_path):
+    """A kernel with more numbers than registers, and one without spills that loads 4 bytes at a time."""
+    source, cubin = tmp_path / "wasteful.cu", tmp_path / "wasteful.cubin"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024) spilling_kernel(double* x) {\n"
+        "  double y[64];\n"
+        "  for (int i = 0; i < 64; ++i) y[i] = x[i * 1024 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "  for (int i = 0; i < 64; ++i) for (int k = 0; k < 64; ++k) x[i * 64 + k] = y[i] * y[k];\n"
+        "}\n"
+        "__global__ void narrow_kernel(float* x) { x[threadIdx.x] += 1; }\n"
+    )
+    subprocess.run(["nvcc", "-cubin", "-arch=sm_80", str(source), "-o", str(cubin)], check=True)
+    narrow, spilling = _cuda_kernels.read("sm_80", cubin)
+    assert (narrow.name, narrow.spilled, narrow.instructions) == (
+        "narrow_kernel",
+        0,
+        {"LDG.32 or less": 1, "STG.32 or less": 1},
+    )
+    assert spilling.name == "spilling_kernel" and spilling.spilled > 0
+
+
+def test_cuda_kernels_that_were_not_built_or_by_another_cuda_are_not_compared(monkeypatch, capsys):
+    document = compiled_kernels.DOCUMENT.read_text(encoding="utf-8")
+    monkeypatch.setattr(_cuda_kernels, "compiler", lambda: "")
+    part, problems = compiled_kernels._cuda_part(check=True)
+    assert not problems and part.startswith("# CUDA kernels\n") and document.endswith(f"\n{part}")
+    assert "no CUDA kernels to look at: CPU: " in capsys.readouterr().err
+    spilling = _cuda_kernels.Kernel("geometry_kernel", "", 60, 8, 0, {})
+    monkeypatch.setattr(_cuda_kernels, "compiler", lambda: "CUDA 1.0")
+    monkeypatch.setattr(_cuda_kernels, "read", lambda _arch: [spilling])
+    same, problems = compiled_kernels._cuda_part(check=True)
+    assert same == part and problems[0] == "sm_80 geometry_kernel (): spills 8 bytes per thread"
+    assert "not compared with what the document says of CUDA kernels: CUDA 1.0" in capsys.readouterr().err
+    assert "compiled by CUDA 1.0." in compiled_kernels._cuda_part(check=False)[0]
 
 
 def test_the_document_is_of_the_version_that_is_tested():

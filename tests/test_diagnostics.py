@@ -20,10 +20,11 @@ def without_triton(monkeypatch):
     """As on a machine without a GPU, where the interpreter is not switched on."""
     why_not = diagnostics.why_not
 
-    def no_triton(impl, *rest):
-        return "there is no GPU" if impl == "triton" else why_not(impl, *rest)
+    def no_triton(op, impl, *rest):
+        return "there is no GPU" if impl == "triton" else why_not(op, impl, *rest)
 
     monkeypatch.setattr(diagnostics, "why_not", no_triton)
+    monkeypatch.setattr(_triton, "why_not", lambda _device_type: "there is no GPU")
 
 
 def wrong_lines(capsys) -> list[str]:

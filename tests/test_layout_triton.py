@@ -14,7 +14,7 @@ SMALL = ("odd", "one_sample", "arbitrary", "padded", "documents", "empty_batch")
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
     """Layouts are written by plain PyTorch until a test asks for the kernels."""
-    monkeypatch.setattr(layout, "_kernels_for", lambda _: None)
+    monkeypatch.setattr(layout, "_kernels", lambda _: None)
 
 
 def with_kernels(monkeypatch) -> list[str]:
@@ -34,7 +34,7 @@ def with_kernels(monkeypatch) -> list[str]:
 
     recorded("dense_mask")
     recorded("geometry")
-    monkeypatch.setattr(layout, "_kernels_for", lambda _: _layout_triton)
+    monkeypatch.setattr(layout, "_kernels", lambda _: _layout_triton)
     return written
 
 

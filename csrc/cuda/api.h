@@ -16,6 +16,7 @@ extern "C" {
 enum {
   ebft_cuda_most_rollouts = 16,  // of one anchor, in feature matching
   ebft_cuda_most_layers = 64,
+  ebft_cuda_most_averaged = 2560,  // hidden states, L*K, of one mean: a scale for each in shared memory
   ebft_cuda_bad_argument = -1,
 };
 

@@ -287,8 +287,11 @@ EbftCudaStatus ebft_cuda_pool_features(int dtype, const EbftCudaTokens* tokens, 
   if (tokens->packed == 0) return bad_argument("S: expected at least one packed row", 0);
   const bool mean = Pooling(tokens->pooling) == Pooling::mean;
   const int64_t items = tokens->batch * tokens->anchors * (tokens->samples + 1);
-  const int64_t shared = 8 * (tokens->layers + 1) * (mean ? tokens->steps : 1), most_shared = 40 << 10;
-  if (shared > most_shared) return bad_argument("K: too many tokens for the mean on CUDA", tokens->steps);
+  const int64_t tokens_of_block = mean ? tokens->steps : 1, scales = tokens->layers * tokens_of_block;
+  if (scales > ebft_cuda_most_averaged) {
+    return bad_argument("L*K: on CUDA a mean is taken over at most 2560 hidden states", scales);
+  }
+  const int64_t shared = 8 * (scales + tokens_of_block);
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const bool aligned = rows_are_aligned(*tokens, sizeof(T)) && is_aligned(rollouts) && is_aligned(targets);

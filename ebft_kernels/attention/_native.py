@@ -66,8 +66,9 @@ def backward(
     q, k, v, grad, out = (_native.rows(x) for x in (q, k, v, grad, out))
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
     ranges, lse = _visible(ranges, window), lse.contiguous()
-    _native.library().strided_attention_backward(
-        *_native.execution(),
+    _native.run(
+        "strided_attention_backward",
+        q.device,
         _native.DTYPES[q.dtype],
         _sizes(q, k, v, length, horizon),
         *map(_operand, (q, k, v)),
@@ -102,8 +103,9 @@ def _attend(
     q, k, v = (_native.rows(x) for x in (q, k, v))
     ranges = _visible(ranges, window)
     sinks = None if sinks is None else sinks.double().contiguous()
-    _native.library().strided_attention(
-        *_native.execution(),
+    _native.run(
+        "strided_attention",
+        q.device,
         _native.DTYPES[q.dtype],
         _sizes(q, k, v, length, horizon),
         step,

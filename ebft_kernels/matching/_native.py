@@ -1,4 +1,4 @@
-"""Feature matching and the mean-embedding loss by the compiled module, which reads each input once."""
+"""Feature matching and the mean-embedding loss by the compiled modules, which read each input once."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def mean_embedding_forward(rollouts: Tensor, targets: Tensor, unbiased: bool) ->
     loss = rollouts.new_empty(rollouts.shape[:2], dtype=dtype)
     difference = targets.new_empty(targets.shape, dtype=dtype)
     rollouts, targets = _native.rows(rollouts), _native.rows(targets)
-    _native.library().mean_embedding_forward(
-        *_native.execution(),
+    _native.run(
+        "mean_embedding_forward",
+        loss.device,
         *_features(rollouts),
         *_operand(targets),
         unbiased,
@@ -37,8 +38,9 @@ def mean_embedding_backward(
     grad, difference = grad.contiguous(), difference.contiguous()
     if unbiased:  # else their values are not read
         rollouts = _native.rows(rollouts)
-    _native.library().mean_embedding_backward(
-        *_native.execution(),
+    _native.run(
+        "mean_embedding_backward",
+        grad_rollouts.device,
         *_features(rollouts),
         grad.data_ptr(),
         difference.data_ptr(),
@@ -63,8 +65,12 @@ def forward(
     loss = rollouts.new_empty(rollouts.shape[:-2], dtype=dtype)
     others = [rollouts.new_empty(rollouts.shape[:-1], dtype=dtype) for _ in range(4)]
     rollouts, targets = _native.rows(rollouts), _native.rows(targets)
-    _native.library().feature_matching(
-        *_native.execution(),
+    n, scratch = rollouts.shape[-2], ()
+    if _native.on_cuda(loss.device):  # where the Gram matrices and the arithmetic on them are two kernels
+        scratch = (loss.new_empty(loss.numel() * groups * (n + 1) ** 2, dtype=torch.float64),)
+    _native.run(
+        "feature_matching",
+        loss.device,
         *_features(rollouts),
         *_operand(targets),
         groups,
@@ -74,6 +80,7 @@ def forward(
         _ESTIMATORS[estimator],
         loss.data_ptr(),
         *(x.data_ptr() for x in others),
+        *(x.data_ptr() for x in scratch),
     )
     return loss, *others
 

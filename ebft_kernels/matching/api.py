@@ -76,7 +76,8 @@ def mean_embedding_loss(
     check_option("unbiased", unbiased, (False, True))
     if unbiased and rollout_features.shape[2] < 2:
         raise ValueError("unbiased: expected at least n = 2 rollouts per anchor, got n = 1")
-    impl = resolve_impl("mean_embedding_loss", impl, rollout_features.device, rollout_features.dtype)
+    sizes = {"n": rollout_features.shape[2]}
+    impl = resolve_impl("mean_embedding_loss", impl, rollout_features.device, rollout_features.dtype, sizes)
     if impl == "reference":
         loss = _reference.mean_embedding_loss(rollout_features, target_features, unbiased=unbiased)
     else:
@@ -152,7 +153,8 @@ def feature_matching(
     shapes = ("B A n G F", "B A G F") if per_token else ("B A n F", "B A F")
     _check_features(rollout_features, target_features, valid, *shapes)
     _check_options(whitening, alignment_coef, diversity_coef, estimator, groups, rollout_features.shape[-1])
-    impl = resolve_impl("feature_matching", impl, rollout_features.device, rollout_features.dtype)
+    sizes = {"n": rollout_features.shape[2]}
+    impl = resolve_impl("feature_matching", impl, rollout_features.device, rollout_features.dtype, sizes)
     rollouts = rollout_features.movedim(2, -2)  # [B, A, (G,) n, F]
     coefs = (float(alignment_coef), float(diversity_coef))
     if impl == "reference":
@@ -221,6 +223,7 @@ def match_hidden_states(
         sizes = {"B": layout.batch_size, "A": layout.num_anchors}
         check_tensor("valid", valid, "B A", sizes, dtype=torch.bool, device=layout.device)
     resolved = resolve_impl("pool_features", impl, first.device, first.dtype)
+    resolve_impl("feature_matching", impl, first.device, first.dtype, {"n": layout.samples})
     coefs = (float(alignment_coef), float(diversity_coef))
     if resolved != "triton" or pooling == "mean" or groups not in (1, layers) or layout.samples > 16:
         features = pool_features(

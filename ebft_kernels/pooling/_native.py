@@ -1,4 +1,4 @@
-"""Pooling by the compiled module: rows are read where they lie, and every row of a gradient is written once."""
+"""Pooling by the compiled modules: rows are read where they lie, and every row of a gradient is written once."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def forward(
     hidden = [_native.rows(x) for x in hidden_states]
     rollouts, targets = empty_features(hidden, rollout_rows, target_rows, pooling)
     index = [x if x is None else x.contiguous() for x in (rollout_rows, target_rows, weight)]
-    _native.library().pool_features(
-        *_native.execution(),
+    _native.run(
+        "pool_features",
+        rollouts.device,
         *_inputs(hidden, index, pooling, normalize),
         rollouts.data_ptr(),
         targets.data_ptr(),
@@ -60,14 +61,31 @@ def backward(
     grad_rollouts, grad_targets = (x.to(dtype).contiguous() for x in (grad_rollouts, grad_targets))
     grads = [x.new_empty(x.shape) for x in hidden]
     index = [x if x is None else x.contiguous() for x in (rollout_rows, target_rows, weight)]
-    _native.library().pool_features_backward(
-        *_native.execution(),
+    gather = _uses(rollout_rows, target_rows, hidden[0].shape[1]) if _native.on_cuda(grads[0].device) else ()
+    _native.run(
+        "pool_features_backward",
+        grads[0].device,
         *_inputs(hidden, index, pooling, normalize),
         grad_rollouts.data_ptr(),
         grad_targets.data_ptr(),
         [_layer(x) for x in grads],
+        *(x.data_ptr() for x in gather),
     )
     return grads
+
+
+def _uses(rollout_rows: Tensor, target_rows: Tensor, packed_length: int) -> tuple[Tensor, Tensor]:
+    """Which tokens of which features each packed row is, found on the device without waiting for it.
+
+    Returns:
+        [B*S + 1] int64, where those of each row begin;
+        [B*A*(n+1)*K] int64, the numbers of all tokens, those of rollouts first, sorted by row.
+    """
+    batch_size = rollout_rows.shape[0]
+    first = packed_length * torch.arange(batch_size, device=rollout_rows.device)[:, None]
+    rows = torch.cat([(x.flatten(1) + first).flatten() for x in (rollout_rows, target_rows)])
+    in_order, uses = rows.sort(stable=True)
+    return torch.searchsorted(in_order, torch.arange(batch_size * packed_length + 1, device=rows.device)), uses
 
 
 def _layer(x: Tensor) -> tuple[int, int, int]:

@@ -60,7 +60,9 @@ def pool_features(
     hidden_states = check_hidden_states(hidden_states, layout, token_mask)
     check_option("pooling", pooling, POOLINGS)
     check_option("normalize", normalize, NORMALIZATIONS)
-    impl = resolve_impl("pool_features", impl, hidden_states[0].device, hidden_states[0].dtype)
+    layers = len(hidden_states)
+    sizes = {"L": layers, "L*K": layers * (layout.horizon if pooling == "mean" else 1)}
+    impl = resolve_impl("pool_features", impl, hidden_states[0].device, hidden_states[0].dtype, sizes)
     if impl == "reference":
         return _reference.pool_features(
             hidden_states, layout, pooling=pooling, normalize=normalize, token_mask=token_mask

@@ -71,8 +71,8 @@ __global__ void writes_beyond_kernel(double* out) {
 }  // namespace
 }  // namespace ebft::cuda
 
-// Runs kernel `which` with 64 threads, which write a number each.
-extern "C" EbftCudaStatus emulation_run_broken(int which, double* out) {
+// Runs kernel `which` with 64 threads, which write a number each. What went wrong, or "".
+extern "C" const char* emulation_run_broken(int which, double* out) {
   using namespace ebft::cuda;
   constexpr struct {
     const char* name;
@@ -88,5 +88,7 @@ extern "C" EbftCudaStatus emulation_run_broken(int which, double* out) {
       {"overwrites_too_early_kernel", overwrites_too_early_kernel},
       {"writes_beyond_kernel", writes_beyond_kernel},
   };
-  return launch(kernels[which].name, kernels[which].kernel, 1, 64, 64 * sizeof(double), nullptr, out);
+  static EbftCudaStatus status;
+  status = launch(kernels[which].name, kernels[which].kernel, 1, 64, 64 * sizeof(double), nullptr, out);
+  return status.message;
 }

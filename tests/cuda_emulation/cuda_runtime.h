@@ -22,6 +22,10 @@
 // Static without saying so, as CUDA's are, and all in one place, where they can be found to be overwritten.
 #define __shared__ thread_local
 
+// As nvcc defines them; no GPU is this old.
+#define __CUDA_ARCH_LIST__ 100
+#define CUDART_VERSION 13000
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -48,6 +52,10 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebft_kernels import feature_matching, mean_embedding_loss
+from ebft_kernels import StridedLayout, feature_matching, match_hidden_states, mean_embedding_loss, select_impl
 from ebft_kernels.testing import assert_within_budget, feature_inputs, randn
 
 from ..golden import test_matching_golden as golden
@@ -205,7 +205,7 @@ def test_the_order_in_which_threads_run_changes_nothing(cuda, dtype):
     cases = [feature_inputs(1, 2, n, features, dtype=dtype) for n, features in ((4, 77), (4, 1100), (12, 640))]
 
     def run(order):
-        cuda.library.emulation_set_order(order)
+        cuda.set_order(order)
         results = [z for case in cases for z in match(*case, whitening="sample")]
         return results + [z for case in cases[:2] for z in loss_and_gradients(*case, unbiased=True)]
 
@@ -222,10 +222,32 @@ def test_empty_batch(shape):
     assert loss == 0 and torch.autograd.grad(loss, x)[0].shape == x.shape
 
 
-def test_17_rollouts_are_declined():
+def test_17_rollouts_are_declined_and_left_to_others():
     x, y = feature_inputs(1, 1, 17, 9)
-    with pytest.raises(ValueError, match="on CUDA feature matching takes at most 16 rollouts per anchor, got 17"):
+    with pytest.raises(ValueError, match="'native' .* at most n = 16, got 17.*; available there: torch, reference"):
         match(x, y)
+    assert select_impl("feature_matching", "cpu", x.dtype, sizes={"n": 16}) == "native"
+    assert select_impl("feature_matching", "cpu", x.dtype, sizes={"n": 17}) == "torch"
+    for a, b in zip(feature_matching(x, y), feature_matching(x, y, impl="torch"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_17_rollouts_are_declined_before_hidden_states_are_pooled(monkeypatch):
+    layout = StridedLayout.strided(1, 4, context=1, stride=1, horizon=1, samples=17)
+    hidden = [torch.zeros(1, layout.packed_length, 2)]
+    monkeypatch.setattr(matching.api, "pool_features", None)
+    with pytest.raises(ValueError, match="at most n = 16, got 17"):
+        match_hidden_states(hidden, layout, impl="native")
+
+
+def test_an_error_of_cuda_comes_with_the_name_of_the_kernel_and_the_launch_geometry(cuda):
+    """2^31 anchors are more blocks than a grid may have: no address is looked at."""
+    sizes = (1 << 31, 1, 1)
+    message = (
+        r"^mean_embedding_fwd_kernel \(2147483648 blocks of 32 threads, 0 bytes of shared memory\): cudaErrorInvalid"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        cuda.module.mean_embedding_forward(0, 1, sizes, 64, (4, 4), 64, (4,), False, 64, 64)
 
 
 def test_strides_beyond_2_to_the_31_elements():

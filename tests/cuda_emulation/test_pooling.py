@@ -86,7 +86,7 @@ def test_the_order_in_which_threads_run_changes_nothing(cuda, pooling, normalize
     hidden = pooling_tests.hidden_inputs(layout, layers=2, channels=160, dtype=torch.float32)
 
     def in_order(order):
-        cuda.library.emulation_set_order(order)
+        cuda.set_order(order)
         return run(hidden, layout, pooling=pooling, normalize=normalize)
 
     ascending = in_order(0)
@@ -149,11 +149,25 @@ def test_strides_beyond_2_to_the_31_elements():
         assert torch.equal(a, b)
 
 
-def test_more_layers_than_the_kernels_take_are_declined():
+def test_more_layers_or_tokens_than_the_kernels_take_are_declined_and_left_to_others():
     layout = LAYOUTS["one_anchor"]()
     hidden = pooling_tests.hidden_inputs(layout, layers=65, channels=2)
-    with pytest.raises(ValueError, match="on CUDA pooling takes 1 to 64 layers, got 65"):
+    with pytest.raises(ValueError, match="'native' .* at most L = 64, got 65.*; available there: torch, reference"):
         pool_features(hidden, layout, impl="native")
+    for a, b in zip(pool_features(hidden, layout), pool_features(hidden, layout, impl="torch"), strict=True):
+        assert torch.equal(a, b)
     results = run(hidden[:64], layout)
     for a, b in zip(results, run(hidden[:64], layout, "reference"), strict=True):
+        assert (a - b).abs().max() <= 1000 * EPS
+
+
+def test_a_mean_of_more_tokens_than_the_kernels_take_is_declined_and_left_to_others():
+    layout = StridedLayout.strided(1, 1282, context=1, stride=1, horizon=1281, samples=1)
+    hidden = [pooling_tests.randn(1, layout.packed_length, 1, seed=i) for i in range(2)]
+    with pytest.raises(ValueError, match=r"at most L\*K = 2560, got 2562"):
+        pool_features(hidden, layout, pooling="mean", impl="native")
+    pool_features(hidden, layout, pooling="mean")
+    pool_features(hidden, layout, pooling="token", impl="native")
+    results = (run(hidden[:1], layout, impl, pooling="mean") for impl in ("native", "reference"))
+    for a, b in zip(*results, strict=True):
         assert (a - b).abs().max() <= 1000 * EPS

@@ -14,7 +14,7 @@ def compiled():
     """Skips where nothing was compiled; ``test_build.py`` fails if that is not for want of a compiler."""
     if reason := _native.why_not("cpu"):
         pytest.skip(reason)
-    return _native.library()
+    return _native.library("cpu")
 
 
 @pytest.fixture(params=ISAS)

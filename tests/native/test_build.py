@@ -1,23 +1,28 @@
-"""Building: under sanitizers, from an sdist, without a compiler, and what the switch accepts. torch is never there."""
+"""Building: under sanitizers; installations in new environments, without torch, from sources and from an sdist, with
+and without nvcc and a compiler; what the switch accepts."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from ebft_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+NVCC = shutil.which("nvcc")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
+needs_nvcc = pytest.mark.skipif(not NVCC, reason="there is no nvcc on PATH")
 
 
 @needs_compiler
@@ -67,33 +72,41 @@ def sources(tmp_path):
     return folder
 
 
-def build(tools: Path, sources: Path, what: str, **environment: str) -> tuple[Path | None, str]:
-    """Run a hook of the build backend as pip does, without the site-packages: the file it makes, and what it says."""
-    out = sources.parent / "out"
-    out.mkdir(exist_ok=True)
-    program = (
-        f"import sys; sys.path.insert(0, {str(tools)!r}); from setuptools.build_meta import *; {what}({str(out)!r})"
-    )
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", program],
-        cwd=sources,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-    )
-    made = sorted(out.iterdir(), key=lambda path: path.stat().st_mtime)
-    return (made[-1] if made and not result.returncode else None), result.stdout + result.stderr
+def sdist(tools: Path, sources: Path) -> Path:
+    """What the build backend makes of the sources, as it is called by pip, without the site-packages."""
+    program = f"import sys; sys.path.insert(0, {str(tools)!r}); from setuptools.build_meta import *; build_sdist('out')"
+    subprocess.run([sys.executable, "-S", "-c", program], cwd=sources, check=True, capture_output=True)
+    (archive,) = (sources / "out").iterdir()
+    return archive
 
 
-def in_new_process(wheel: Path, folder: Path, program: str) -> str:
-    """Run ``program`` with what the wheel holds, from a folder without sources."""
-    site = folder / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+def install(tools: Path, sources: Path, folder: Path, **environment: str) -> tuple[Path | None, str]:
+    """``pip install`` into a new environment where nothing is but the build tools: its Python, and what was said."""
+    venv.create(folder / "venv", with_pip=False)
+    python = folder / "venv" / "bin" / "python"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(python),
+        "install",
+        "--no-deps",
+        "--no-build-isolation",
+        "-v",
+    ]
+    variables = {**os.environ, "PYTHONPATH": str(tools), **environment}
+    result = subprocess.run([*command, str(sources)], cwd=folder, env=variables, capture_output=True, text=True)
+    return (None if result.returncode else python), result.stdout + result.stderr
+
+
+def in_environment(python: Path, program: str) -> str:
+    """Run ``program`` in the environment, to which torch comes now, in a folder without sources."""
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
     result = subprocess.run(
-        [sys.executable, "-c", f"import ebft_kernels as ek\nassert ek.__file__.startswith({str(site)!r})\n{program}"],
-        cwd=site.parent,
-        env={**os.environ, "PYTHONPATH": str(site)},
+        [str(python), "-c", f"import ebft_kernels as ek\nassert ek.__file__.startswith({str(site)!r})\n{program}"],
+        cwd=python.parents[1],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(Path(torch.__file__).parents[1])])},
         capture_output=True,
         text=True,
         check=True,
@@ -101,44 +114,102 @@ def in_new_process(wheel: Path, folder: Path, program: str) -> str:
     return result.stdout.strip()
 
 
+def outcome(said: str) -> str:
+    """The one line about the kernels."""
+    (line,) = [line.strip() for line in said.splitlines() if line.strip().startswith("ebft-kernels:")]
+    return line
+
+
+def without_nvcc() -> str:
+    """PATH without the folders that hold an nvcc."""
+    return os.pathsep.join(x for x in os.environ["PATH"].split(os.pathsep) if not (Path(x) / "nvcc").exists())
+
+
+def script(folder: Path, text: str) -> str:
+    """Makes ``text`` the nvcc of a folder, which is returned as an entry of PATH."""
+    folder.mkdir()
+    (folder / "nvcc").write_text(f"#!/bin/sh\n{text}\n")
+    (folder / "nvcc").chmod(0o755)
+    return str(folder)
+
+
 SELECT = "import torch\nprint(ek.select_impl('feature_matching', 'cpu', torch.float32))"
+INFO = "print(ek.build_info()['native'])"
+
+
+@needs_nvcc
+@needs_compiler
+def test_the_sdist_holds_all_that_the_cpu_and_cuda_kernels_need(tools, sources, tmp_path):
+    """With an nvcc that knows one of the targets, as an older one knows fewer."""
+    archive = sdist(tools, sources)
+    with tarfile.open(archive) as file:
+        packed = {name.split("/", 1)[1] for name in file.getnames() if "/csrc/" in name and Path(name).suffix}
+    assert packed == {str(x.relative_to(ROOT)) for x in (ROOT / "csrc").rglob("*") if x.is_file()}
+    old = script(tmp_path / "old", f'case "$*" in *list-gpu-code*) echo sm_70 sm_80;; *) exec {NVCC} "$@";; esac')
+    path = os.pathsep.join([old, os.environ["PATH"]])
+    python, said = install(tools, archive, tmp_path, PATH=path, EBFT_KERNELS_BUILD="cuda")
+    assert python, said
+    assert outcome(said) == "ebft-kernels: CUDA kernels compiled for sm_80 and PTX; C++ kernels compiled for the CPU"
+    assert "warning: " not in "\n".join(line for line in said.splitlines() if "csrc/" in line)
+    assert in_environment(python, SELECT) == "native"
+    assert "; CUDA: sm_80 and PTX, compiled by CUDA " in in_environment(python, INFO)
 
 
 @needs_compiler
-def test_a_wheel_from_the_sdist_holds_the_module(tools, sources, tmp_path):
-    archive, said = build(tools, sources, "build_sdist")
-    assert archive, said
-    with tarfile.open(archive) as file:
-        assert any(name.endswith("csrc/core/matching.h") for name in file.getnames())
-        file.extractall(tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-    wheel, said = build(tools, unpacked, "build_wheel", EBFT_KERNELS_BUILD="cpu")
-    assert wheel and "compiled the C++ kernels for the CPU" in said, said
-    assert "warning: " not in "\n".join(line for line in said.splitlines() if "csrc/" in line)
-    assert in_new_process(wheel, tmp_path, SELECT) == "native"
+def test_without_nvcc_the_kernels_for_the_cpu_are_installed(tools, sources, tmp_path):
+    python, said = install(tools, sources, tmp_path, PATH=without_nvcc())
+    assert python, said
+    expected = "ebft-kernels: C++ kernels compiled for the CPU; CUDA kernels not compiled (there is no nvcc on PATH)"
+    assert outcome(said) == expected
+    assert in_environment(python, SELECT) == "native"
+    assert "; CUDA: none, the CUDA module was not built" in in_environment(python, INFO)
 
 
 def test_without_a_compiler_the_rest_is_installed_and_one_line_says_why(tools, sources, tmp_path):
-    wheel, said = build(tools, sources, "build_wheel", PATH=str(tmp_path))
-    assert wheel, said
-    (line,) = [line for line in said.splitlines() if line.startswith("ebft-kernels:")]
-    assert line.startswith("ebft-kernels: installing without the C++ kernels: ")
-    assert "No such file" in line
-    assert in_new_process(wheel, tmp_path, SELECT) == "torch"
+    python, said = install(tools, sources, tmp_path, PATH=str(tmp_path))
+    assert python, said
+    assert outcome(said).startswith("ebft-kernels: C++ kernels not compiled (") and "No such file" in outcome(said)
+    assert outcome(said).endswith("); CUDA kernels not compiled (there is no nvcc on PATH)")
+    assert in_environment(python, SELECT) == "torch"
+    assert in_environment(python, INFO).startswith("CPU: none, the C++ module was not built")
 
 
-def test_where_the_kernels_are_asked_for_a_missing_compiler_is_an_error(tools, sources, tmp_path):
-    wheel, said = build(tools, sources, "build_wheel", PATH=str(tmp_path), EBFT_KERNELS_BUILD="cpu")
-    assert wheel is None and "No such file" in said
+@pytest.mark.parametrize(
+    ("nvcc", "reason"),
+    [
+        ("exit 3", "3"),
+        ('case "$*" in *list-gpu-code*) echo sm_80;; *) exit 3;; esac', "nvcc' failed with exit code 3"),
+        ("echo sm_70", "nvcc compiles for none of sm_80, sm_86, sm_89, sm_90, sm_100, sm_120"),
+    ],
+)
+def test_an_nvcc_that_does_not_work_is_named(nvcc, reason, tools, sources, tmp_path):
+    path = script(tmp_path / "bin", nvcc)
+    python, said = install(tools, sources, tmp_path, PATH=path)
+    assert python, said
+    _, _, about_cuda = outcome(said).partition("; CUDA kernels not compiled (")
+    assert reason in about_cuda and path in about_cuda
 
 
-def test_none_makes_a_wheel_for_every_platform(tools, sources, tmp_path):
-    wheel, said = build(tools, sources, "build_wheel", EBFT_KERNELS_BUILD="none")
-    assert wheel and wheel.name.endswith("-py3-none-any.whl"), said
-    assert in_new_process(wheel, tmp_path, SELECT) == "torch"
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("cpu", r"the C\+\+ kernels cannot be compiled: .*No such file"),
+        ("cuda", "the CUDA kernels cannot be compiled: there is no nvcc on PATH"),
+    ],
+)
+def test_where_kernels_are_asked_for_a_missing_compiler_is_an_error(mode, reason, tools, sources, tmp_path):
+    python, said = install(tools, sources, tmp_path, PATH=str(tmp_path), EBFT_KERNELS_BUILD=mode)
+    assert python is None and re.search(reason, said), said
 
 
-def test_another_value_of_the_switch_is_refused(tools, sources):
-    wheel, said = build(tools, sources, "build_wheel", EBFT_KERNELS_BUILD="cuda")
-    assert wheel is None
-    assert "EBFT_KERNELS_BUILD: expected one of auto, cpu, none; got 'cuda'" in said
+def test_none_installs_what_runs_on_every_platform(tools, sources, tmp_path):
+    python, said = install(tools, sources, tmp_path, EBFT_KERNELS_BUILD="none")
+    assert python, said
+    assert "-py3-none-any.whl" in said
+    assert in_environment(python, SELECT) == "torch"
+
+
+def test_another_value_of_the_switch_is_refused(tools, sources, tmp_path):
+    python, said = install(tools, sources, tmp_path, EBFT_KERNELS_BUILD="rocm")
+    assert python is None
+    assert "EBFT_KERNELS_BUILD: expected one of auto, cpu, cuda, none; got 'rocm'" in said

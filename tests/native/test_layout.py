@@ -18,7 +18,7 @@ CHANGES = ("", "without_last_step", "prompt_only")
 @pytest.fixture
 def plain(monkeypatch, compiled):  # noqa: ARG001
     """Layouts are written by plain PyTorch."""
-    monkeypatch.setattr(layout, "_kernels_for", lambda _: None)
+    monkeypatch.setattr(layout, "_kernels", lambda _: None)
 
 
 def all_layouts() -> list[StridedLayout]:
@@ -75,12 +75,14 @@ def test_the_kernels_of_each_device(monkeypatch):
     on_cpu = torch.zeros(1)
     with FakeTensorMode():
         traced = torch.zeros(1), torch.zeros(1, device="cuda")
-    assert layout._kernels_for(on_cpu) is _layout_native
-    assert all(layout._kernels_for(x) is None for x in traced)
+    assert layout._kernels(on_cpu) is _layout_native
+    assert all(layout._kernels(x) is None for x in traced)
     monkeypatch.setattr(layout, "type", lambda _: Tensor, raising=False)  # a GPU's tensor, as far as one can be had
-    assert layout._kernels_for(traced[1]) is _layout_triton
+    assert layout._kernels(traced[1]) is _layout_triton
+    monkeypatch.setattr(layout._triton, "why_not", lambda _: "not here")
+    assert layout._kernels(traced[1]) is _layout_native
     there |= {"cpu": False, "cuda": False}
-    assert layout._kernels_for(on_cpu) is None and layout._kernels_for(traced[1]) is None
+    assert layout._kernels(on_cpu) is None and layout._kernels(traced[1]) is None
 
 
 @pytest.mark.usefixtures("compiled")
@@ -100,9 +102,17 @@ def test_key_ranges_that_would_write_elsewhere_are_refused(index, value):
         _layout_native.dense_mask(*ranges, length=6, horizon=2, full=False)
 
 
-GEOMETRY = {"threads": 1, "sizes": (1, 4, 1, 2, 2), "anchors": 64, "prompt_start": 64, "positions": 64}
+GEOMETRY = {"isa": 0, "threads": 1, "sizes": (1, 4, 1, 2, 2), "anchors": 64, "prompt_start": 64, "positions": 64}
 GEOMETRY |= {"prefix_start": 64, "prefix_end": 64, "own_start": 64}
-MASK = {"threads": 1, "sizes": (1, 4, 1, 2, 2), "prefix_start": 64, "prefix_end": 64, "own_start": 64, "full": False}
+MASK = {
+    "isa": 0,
+    "threads": 1,
+    "sizes": (1, 4, 1, 2, 2),
+    "prefix_start": 64,
+    "prefix_end": 64,
+    "own_start": 64,
+    "full": False,
+}
 MASK |= {"mask": 64}
 REFUSED = [
     ({"threads": 0}, "threads: expected at least 1"),
@@ -117,12 +127,12 @@ NULL = "address: expected that of a tensor, got 0"
     ("call", "change", "message"),
     [
         *(("layout_geometry", *x) for x in REFUSED),
-        *(("dense_mask", *x) for x in REFUSED),
-        *(("layout_geometry", {name: 0}, NULL) for name in itertools.islice(GEOMETRY, 2, None)),
-        *(("dense_mask", {name: 0}, NULL) for name in ("prefix_start", "prefix_end", "own_start", "mask")),
+        *(("layout_mask", *x) for x in REFUSED),
+        *(("layout_geometry", {name: 0}, NULL) for name in itertools.islice(GEOMETRY, 3, None)),
+        *(("layout_mask", {name: 0}, NULL) for name in ("prefix_start", "prefix_end", "own_start", "mask")),
     ],
 )
 def test_bad_calls_are_refused(call, change, message, compiled):
-    arguments = {"layout_geometry": GEOMETRY, "dense_mask": MASK}[call] | change
+    arguments = {"layout_geometry": GEOMETRY, "layout_mask": MASK}[call] | change
     with pytest.raises(ValueError, match=message):
         getattr(compiled, call)(*arguments.values())

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def load_again():
-    """The test loads the module as if for the first time; whatever comes of that is forgotten afterwards."""
+    """The test loads the modules as if for the first time; whatever comes of that is forgotten afterwards."""
     _native._load.cache_clear()
     yield
     _native._load.cache_clear()
@@ -30,10 +30,11 @@ def load_again():
 
 @pytest.fixture
 def package_folder(monkeypatch, tmp_path, load_again):  # noqa: ARG001
-    """An empty folder in which the compiled module is looked for instead."""
+    """An empty folder in which the compiled modules are looked for instead."""
     monkeypatch.setattr(ebft_kernels, "__path__", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "ebft_kernels._C", raising=False)
-    monkeypatch.delattr(ebft_kernels, "_C", raising=False)
+    for name in ("_C", "_cuda"):
+        monkeypatch.delitem(sys.modules, f"ebft_kernels.{name}", raising=False)
+        monkeypatch.delattr(ebft_kernels, name, raising=False)
     return tmp_path
 
 
@@ -46,7 +47,7 @@ def assert_does_without(reason: str) -> None:
     ):
         ebft_kernels.feature_matching(x, y, impl="native")
     with pytest.raises(ImportError, match=reason):
-        _native.library()
+        _native.library("cpu")
     assert reason in _native.build_info()
 
 
@@ -55,6 +56,8 @@ def test_without_the_module_others_run_and_nothing_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_does_without("was not built")
+        assert _native.why_not("cuda") == "the CUDA module was not built; pip builds it where it finds nvcc on PATH"
+        assert _native.why_not("cuda") in _native.build_info()
 
 
 def test_a_broken_module_is_warned_of_once(package_folder):
@@ -62,6 +65,17 @@ def test_a_broken_module_is_warned_of_once(package_folder):
     (package_folder / f"_C{suffix}").write_bytes(b"not a library")
     with pytest.warns(RuntimeWarning, match=f"the C\\+\\+ module cannot be loaded: .*_C{suffix}") as caught:
         assert_does_without("cannot be loaded")
+    assert len(caught) == 1
+
+
+def test_a_broken_cuda_module_is_warned_of_once(package_folder):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (package_folder / f"_cuda{suffix}").write_bytes(b"not a library")
+    with pytest.warns(RuntimeWarning, match=f"the CUDA module cannot be loaded: .*_cuda{suffix}") as caught:
+        reason = _native.why_not("cuda")
+        assert reason.startswith("the CUDA module cannot be loaded: ") and reason in _native.build_info()
+        with pytest.raises(ImportError, match="the native kernels cannot run: the CUDA module cannot be loaded"):
+            _native.run("layout_mask", torch.device("cuda", 0))
     assert len(caught) == 1
 
 
@@ -78,7 +92,7 @@ def test_the_openmp_runtime_of_torch_is_made_visible_where_it_is_not(monkeypatch
     monkeypatch.setattr(_native, "PathFinder", SimpleNamespace(find_spec=lambda *_: object()))
     monkeypatch.setattr(importlib, "import_module", import_module)
     monkeypatch.setattr(_native.ctypes, "CDLL", lambda path, mode: loaded.append((path, mode)))
-    assert _native.library() == "the module"
+    assert _native.library("cpu") == "the module"
     assert all("torch" in path and "omp" in path and mode == _native.ctypes.RTLD_GLOBAL for path, mode in loaded)
 
 
@@ -97,10 +111,10 @@ with open("/proc/self/maps") as maps:
     assert len(result.stdout.split()) <= 1, result.stdout
 
 
-def test_only_the_cpu_is_served():
-    reason = _dispatch.why_not("native", torch.device("meta"), torch.float32)
-    assert reason == "they are compiled for the CPU only"
-    with pytest.raises(ValueError, match="they are compiled for the CPU only"):
+def test_only_the_cpu_and_cuda_are_served():
+    reason = _dispatch.why_not("feature_matching", "native", torch.device("meta"), torch.float32)
+    assert reason == "they are compiled for the CPU and for CUDA only"
+    with pytest.raises(ValueError, match="they are compiled for the CPU and for CUDA only"):
         _dispatch.resolve_impl("feature_matching", "native", torch.device("meta"), torch.float32)
 
 
