@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,9 +24,11 @@ import ebft_kernels
 from . import demo
 from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_arguments, options_of
 from .corpus import stdlib_sources
-from .data import Document, Row, build_rows, read_documents, split_in_two
+from .data import Row
 from .features import FeatureNetwork
 from .plots import table, write_json
+from .rows import SHUFFLE_BUFFER, RowStream, build_rows, split_in_two
+from .sources import Columns, Document, Source
 from .trainer import EBFTTrainer
 
 RUN_FILE, RESULT_FILE, MODEL_FOLDER = "ebft.json", "results.json", "model"
@@ -52,7 +54,12 @@ _TRAINING: dict[str, type] = {
 }
 _EVALUATION: dict[str, type] = {"per_device_eval_batch_size": int, "eval_rows": int, "eval_seed": int}
 
-_ROW_OPTIONS = ("length", "pack", "extensions", "eval_data", "eval_fraction", "dtype")
+_COLUMNS = tuple(column.name for column in fields(Columns))
+_ROW_OPTIONS = (
+    *("length", "pack", "extensions", *(f"{name}_column" for name in _COLUMNS), "chat_template"),
+    *("stream", "shuffle_buffer", "eval_data", "eval_fraction", "dtype"),
+)
+_EVAL_FRACTION = 0.05
 _NO_RESULT = {"eval_loss", "eval_runtime", "eval_samples_per_second"}
 
 # A command checks everything first (and raises ValueError or OSError); what it returns does the work.
@@ -84,9 +91,24 @@ def _parser() -> argparse.ArgumentParser:
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run in --output")
     existing.add_argument("--overwrite", action="store_true", help="delete the run that is in --output first")
-    train.add_argument("--eval-data", nargs="+", metavar="PATH", help="held-out text; default: a part of --data")
     train.add_argument(
-        "--eval-fraction", type=float, default=0.05, metavar="X", help="held-out part of --data; 0: none"
+        "--stream",
+        action="store_true",
+        help="read --data while training: for more than fits in memory",
+    )
+    train.add_argument(
+        "--shuffle-buffer",
+        type=int,
+        default=SHUFFLE_BUFFER,
+        metavar="N",
+        help=f"of a stream, rows in memory that the next is drawn from ({SHUFFLE_BUFFER}); 1: in order",
+    )
+    train.add_argument("--eval-data", nargs="+", metavar="DATA", help="held-out data; default: a part of --data")
+    train.add_argument(
+        "--eval-fraction",
+        type=float,
+        metavar="X",
+        help=f"held-out part of --data ({_EVAL_FRACTION}; of a stream none); 0: none",
     )
     train.add_argument(
         "--eval-steps", type=int, metavar="N", help="also evaluate every N steps; default: start and end"
@@ -121,11 +143,18 @@ def _parser() -> argparse.ArgumentParser:
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="model folder or hub name")
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PATH", help="text files, .jsonl files, folders of them"
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="DATA",
+        help="text, .jsonl and .parquet files, folders of them, saved data sets, hub:NAME[,config=C][,split=S]",
     )
     parser.add_argument(
-        "--extensions", nargs="+", metavar=".EXT", help="files to read in folders; default: text and code"
+        "--extensions", nargs="+", metavar=".EXT", help="files to read in folders; default: text, code and data"
     )
+    for name in _COLUMNS:
+        parser.add_argument(f"--{name}-column", metavar="NAME", help=f"field or column of the {name} ({name})")
+    parser.add_argument("--chat-template", metavar="FILE", help="for messages; default: the tokenizer's own")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens per row (512)")
     parser.add_argument("--pack", action="store_true", help="put several texts in a row, none of which sees another")
     parser.add_argument(
@@ -190,6 +219,8 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
 def prepare_train(arguments: argparse.Namespace) -> Work:
     """Check options, output folder, data and model; the returned function trains."""
     output = arguments.output
+    if arguments.eval_fraction is None:
+        arguments.eval_fraction = 0.0 if arguments.stream else _EVAL_FRACTION
     checkpoint = _check_output(output, resume=arguments.resume, overwrite=arguments.overwrite)
     evaluation = {} if arguments.eval_steps is None else {"eval_strategy": "steps", "eval_steps": arguments.eval_steps}
     config = _config(arguments, output, **evaluation)
@@ -203,9 +234,13 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
     }
     if arguments.resume:
         _check_same_run(output, run)
-    documents = read_documents(arguments.data, extensions=arguments.extensions)
-    held_out = read_documents(arguments.eval_data, extensions=arguments.extensions) if arguments.eval_data else None
+    if arguments.stream:
+        _check_stream(arguments, config)
+    documents = _documents(arguments, arguments.data, stream=arguments.stream)
+    held_out = _documents(arguments, arguments.eval_data) if arguments.eval_data else None
+    template = _chat_template(arguments)
     model, tokenizer = load_model(arguments.model, arguments.dtype)
+    tokenizer.chat_template = template or tokenizer.chat_template
     train_rows, eval_rows = _train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
     trainer = EBFTTrainer(
         model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
@@ -239,8 +274,9 @@ def prepare_evaluate(arguments: argparse.Namespace) -> Work:
         raise ValueError(f"output: expected a new file, got {str(arguments.output)!r}, which exists")
     folder = tempfile.TemporaryDirectory()  # The trainer wants one; nothing is kept in it.
     config = _config(arguments, folder.name, report_to="none")
-    documents = read_documents(arguments.data, extensions=arguments.extensions)
+    documents, template = _documents(arguments, arguments.data), _chat_template(arguments)
     model, tokenizer = load_model(arguments.model, arguments.dtype)
+    tokenizer.chat_template = template or tokenizer.chat_template
     rows = _rows(arguments, config, tokenizer, documents)
     source = arguments.feature_model or _recorded_model(Path(arguments.model)) or arguments.model
     feature_model = model if source == arguments.model else load_model(source, arguments.dtype)[0]
@@ -280,7 +316,11 @@ def prepare_info(arguments: argparse.Namespace) -> Work:
 
 def _versions() -> dict[str, str]:
     """Versions of what the trainer uses, and what is missing without an optional package."""
-    optional = {"peft": "no LoRA", "matplotlib": "no plot from the demo"}
+    optional = {
+        "datasets": "no Parquet files and data sets",
+        "peft": "no LoRA",
+        "matplotlib": "no plot from the demo",
+    }
     out = {"python": platform.python_version()}
     for name in ("ebft-kernels", "torch", "transformers", "accelerate", "tokenizers", *optional):
         try:
@@ -316,8 +356,27 @@ def _check_same_run(output: Path, run: dict[str, Any]) -> None:
             raise ValueError(f"{name}: to resume expected what the run was started with, {expected}; got {got}")
 
 
+def _check_stream(arguments: argparse.Namespace, config: EBFTConfig) -> None:
+    if config.max_steps <= 0:
+        raise ValueError("max_steps: expected --max-steps with --stream, which never ends, got none")
+    if arguments.eval_fraction:
+        raise ValueError(
+            f"eval_fraction: expected 0 with --stream, got {arguments.eval_fraction}: name held-out data by --eval-data"
+        )
+
+
+def _documents(arguments: argparse.Namespace, names: Sequence[str], *, stream: bool = False) -> Iterable[Document]:
+    columns = Columns(**{name: getattr(arguments, f"{name}_column") for name in _COLUMNS})
+    source = Source(names, columns, arguments.extensions)
+    return source if stream else list(source)
+
+
+def _chat_template(arguments: argparse.Namespace) -> str | None:
+    return Path(arguments.chat_template).read_text(encoding="utf-8") if arguments.chat_template else None
+
+
 def _rows(
-    arguments: argparse.Namespace, config: EBFTConfig, tokenizer: Any, documents: Sequence[Document]
+    arguments: argparse.Namespace, config: EBFTConfig, tokenizer: Any, documents: Iterable[Document]
 ) -> list[Row]:
     rows, left_out = build_rows(documents, tokenizer, config, length=arguments.length, pack=arguments.pack)
     if left_out:
@@ -329,18 +388,22 @@ def _train_and_eval_rows(
     arguments: argparse.Namespace,
     config: EBFTConfig,
     tokenizer: Any,
-    documents: Sequence[Document],
+    documents: Any,
     held_out: Sequence[Document] | None,
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[RowStream | list[Row], list[Row]]:
     """Held out are whole documents, or, of few documents, rows."""
     fraction = arguments.eval_fraction
+    if arguments.stream:
+        size = {"length": arguments.length, "pack": arguments.pack, "shuffle_buffer": arguments.shuffle_buffer}
+        stream = RowStream(documents, tokenizer, options_of(config), **size, seed=config.seed)
+        return stream, [] if held_out is None else _rows(arguments, config, tokenizer, held_out)
     if held_out is not None:
-        return (_rows(arguments, config, tokenizer, part) for part in (documents, held_out))
+        return tuple(_rows(arguments, config, tokenizer, part) for part in (documents, held_out))
     if fraction == 0:
         return _rows(arguments, config, tokenizer, documents), []
     if len(documents) * fraction >= 1:
         parts = split_in_two(documents, fraction, seed=config.eval_seed)
-        return (_rows(arguments, config, tokenizer, part) for part in parts)
+        return tuple(_rows(arguments, config, tokenizer, part) for part in parts)
     return split_in_two(_rows(arguments, config, tokenizer, documents), fraction, seed=config.eval_seed)
 
 
