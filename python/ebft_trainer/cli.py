@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,13 +22,20 @@ from transformers.trainer_utils import get_last_checkpoint
 import ebft_kernels
 
 from . import demo
+from .cli_data import (
+    ROW_OPTIONS,
+    add_data_options,
+    add_training_data_options,
+    chat_template_of,
+    check_training_data_options,
+    rows_of,
+    source_of,
+    train_and_eval_rows,
+)
 from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_arguments, options_of
 from .corpus import stdlib_sources
-from .data import Row
 from .features import FeatureNetwork
 from .plots import table, write_json
-from .rows import SHUFFLE_BUFFER, RowStream, build_rows, split_in_two
-from .sources import Columns, Document, Source
 from .trainer import EBFTTrainer
 
 RUN_FILE, RESULT_FILE, MODEL_FOLDER = "ebft.json", "results.json", "model"
@@ -54,12 +61,6 @@ _TRAINING: dict[str, type] = {
 }
 _EVALUATION: dict[str, type] = {"per_device_eval_batch_size": int, "eval_rows": int, "eval_seed": int}
 
-_COLUMNS = tuple(column.name for column in fields(Columns))
-_ROW_OPTIONS = (
-    *("length", "pack", "extensions", *(f"{name}_column" for name in _COLUMNS), "chat_template"),
-    *("stream", "shuffle_buffer", "eval_data", "eval_fraction", "dtype"),
-)
-_EVAL_FRACTION = 0.05
 _NO_RESULT = {"eval_loss", "eval_runtime", "eval_samples_per_second"}
 
 # A command checks everything first (and raises ValueError or OSError); what it returns does the work.
@@ -91,25 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run in --output")
     existing.add_argument("--overwrite", action="store_true", help="delete the run that is in --output first")
-    train.add_argument(
-        "--stream",
-        action="store_true",
-        help="read --data while training: for more than fits in memory",
-    )
-    train.add_argument(
-        "--shuffle-buffer",
-        type=int,
-        default=SHUFFLE_BUFFER,
-        metavar="N",
-        help=f"of a stream, rows in memory that the next is drawn from ({SHUFFLE_BUFFER}); 1: in order",
-    )
-    train.add_argument("--eval-data", nargs="+", metavar="DATA", help="held-out data; default: a part of --data")
-    train.add_argument(
-        "--eval-fraction",
-        type=float,
-        metavar="X",
-        help=f"held-out part of --data ({_EVAL_FRACTION}; of a stream none); 0: none",
-    )
+    add_training_data_options(train)
     train.add_argument(
         "--eval-steps", type=int, metavar="N", help="also evaluate every N steps; default: start and end"
     )
@@ -142,21 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="model folder or hub name")
-    parser.add_argument(
-        "--data",
-        required=True,
-        nargs="+",
-        metavar="DATA",
-        help="text, .jsonl and .parquet files, folders of them, saved data sets, hub:NAME[,config=C][,split=S]",
-    )
-    parser.add_argument(
-        "--extensions", nargs="+", metavar=".EXT", help="files to read in folders; default: text, code and data"
-    )
-    for name in _COLUMNS:
-        parser.add_argument(f"--{name}-column", metavar="NAME", help=f"field or column of the {name} ({name})")
-    parser.add_argument("--chat-template", metavar="FILE", help="for messages; default: the tokenizer's own")
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens per row (512)")
-    parser.add_argument("--pack", action="store_true", help="put several texts in a row, none of which sees another")
+    add_data_options(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (float32)"
     )
@@ -216,32 +185,36 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model: cannot load {name!r}: {error}") from None
 
 
+def _model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    template = chat_template_of(arguments)
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    if template is not None:
+        tokenizer.chat_template = template
+    return model, tokenizer
+
+
 def prepare_train(arguments: argparse.Namespace) -> Work:
     """Check options, output folder, data and model; the returned function trains."""
     output = arguments.output
-    if arguments.eval_fraction is None:
-        arguments.eval_fraction = 0.0 if arguments.stream else _EVAL_FRACTION
     checkpoint = _check_output(output, resume=arguments.resume, overwrite=arguments.overwrite)
     evaluation = {} if arguments.eval_steps is None else {"eval_strategy": "steps", "eval_steps": arguments.eval_steps}
     config = _config(arguments, output, **evaluation)
+    check_training_data_options(arguments, config)
     run = {
         "model": arguments.model,
         "data": arguments.data,
         "options": vars(options_of(config)),
-        "rows": {name: getattr(arguments, name) for name in _ROW_OPTIONS},
+        "rows": {name: getattr(arguments, name) for name in (*ROW_OPTIONS, "dtype")},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
         "versions": _versions(),
     }
     if arguments.resume:
         _check_same_run(output, run)
-    if arguments.stream:
-        _check_stream(arguments, config)
-    documents = _documents(arguments, arguments.data, stream=arguments.stream)
-    held_out = _documents(arguments, arguments.eval_data) if arguments.eval_data else None
-    template = _chat_template(arguments)
-    model, tokenizer = load_model(arguments.model, arguments.dtype)
-    tokenizer.chat_template = template or tokenizer.chat_template
-    train_rows, eval_rows = _train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
+    documents = source_of(arguments, arguments.data)
+    documents = documents if arguments.stream else list(documents)
+    held_out = list(source_of(arguments, arguments.eval_data)) if arguments.eval_data else None
+    model, tokenizer = _model_and_tokenizer(arguments)
+    train_rows, eval_rows = train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
     trainer = EBFTTrainer(
         model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
     )
@@ -274,10 +247,9 @@ def prepare_evaluate(arguments: argparse.Namespace) -> Work:
         raise ValueError(f"output: expected a new file, got {str(arguments.output)!r}, which exists")
     folder = tempfile.TemporaryDirectory()  # The trainer wants one; nothing is kept in it.
     config = _config(arguments, folder.name, report_to="none")
-    documents, template = _documents(arguments, arguments.data), _chat_template(arguments)
-    model, tokenizer = load_model(arguments.model, arguments.dtype)
-    tokenizer.chat_template = template or tokenizer.chat_template
-    rows = _rows(arguments, config, tokenizer, documents)
+    documents = list(source_of(arguments, arguments.data))
+    model, tokenizer = _model_and_tokenizer(arguments)
+    rows = rows_of(arguments, config, tokenizer, documents)
     source = arguments.feature_model or _recorded_model(Path(arguments.model)) or arguments.model
     feature_model = model if source == arguments.model else load_model(source, arguments.dtype)[0]
     network = FeatureNetwork(feature_model, config.feature_layers, pooling=config.pooling, normalize=config.normalize)
@@ -354,57 +326,6 @@ def _check_same_run(output: Path, run: dict[str, Any]) -> None:
         expected, got = recorded.get(name), json.loads(json.dumps(run[name]))
         if expected != got:
             raise ValueError(f"{name}: to resume expected what the run was started with, {expected}; got {got}")
-
-
-def _check_stream(arguments: argparse.Namespace, config: EBFTConfig) -> None:
-    if config.max_steps <= 0:
-        raise ValueError("max_steps: expected --max-steps with --stream, which never ends, got none")
-    if arguments.eval_fraction:
-        raise ValueError(
-            f"eval_fraction: expected 0 with --stream, got {arguments.eval_fraction}: name held-out data by --eval-data"
-        )
-
-
-def _documents(arguments: argparse.Namespace, names: Sequence[str], *, stream: bool = False) -> Iterable[Document]:
-    columns = Columns(**{name: getattr(arguments, f"{name}_column") for name in _COLUMNS})
-    source = Source(names, columns, arguments.extensions)
-    return source if stream else list(source)
-
-
-def _chat_template(arguments: argparse.Namespace) -> str | None:
-    return Path(arguments.chat_template).read_text(encoding="utf-8") if arguments.chat_template else None
-
-
-def _rows(
-    arguments: argparse.Namespace, config: EBFTConfig, tokenizer: Any, documents: Iterable[Document]
-) -> list[Row]:
-    rows, left_out = build_rows(documents, tokenizer, config, length=arguments.length, pack=arguments.pack)
-    if left_out:
-        print(f"{left_out} rows without room for a rollout were left out, {len(rows)} remain")
-    return rows
-
-
-def _train_and_eval_rows(
-    arguments: argparse.Namespace,
-    config: EBFTConfig,
-    tokenizer: Any,
-    documents: Any,
-    held_out: Sequence[Document] | None,
-) -> tuple[RowStream | list[Row], list[Row]]:
-    """Held out are whole documents, or, of few documents, rows."""
-    fraction = arguments.eval_fraction
-    if arguments.stream:
-        size = {"length": arguments.length, "pack": arguments.pack, "shuffle_buffer": arguments.shuffle_buffer}
-        stream = RowStream(documents, tokenizer, options_of(config), **size, seed=config.seed)
-        return stream, [] if held_out is None else _rows(arguments, config, tokenizer, held_out)
-    if held_out is not None:
-        return tuple(_rows(arguments, config, tokenizer, part) for part in (documents, held_out))
-    if fraction == 0:
-        return _rows(arguments, config, tokenizer, documents), []
-    if len(documents) * fraction >= 1:
-        parts = split_in_two(documents, fraction, seed=config.eval_seed)
-        return tuple(_rows(arguments, config, tokenizer, part) for part in parts)
-    return split_in_two(_rows(arguments, config, tokenizer, documents), fraction, seed=config.eval_seed)
 
 
 def _recorded_model(model: Path) -> str | None:
