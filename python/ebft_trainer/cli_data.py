@@ -39,7 +39,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}-column", metavar="NAME", help=f"field or column of the {name} ({name})")
     parser.add_argument("--chat-template", metavar="FILE", help="for messages; default: the tokenizer's own")
     parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens per row (512)")
-    parser.add_argument("--pack", action="store_true", help="put several texts in a row, none of which sees another")
+    parser.add_argument("--pack", action="store_true", help="put several short documents in a row; none sees another")
 
 
 def add_training_data_options(parser: argparse.ArgumentParser) -> None:

@@ -65,14 +65,17 @@ class Columns:
     messages: str | None = None
 
     def __post_init__(self) -> None:
-        if len(self._kinds()) not in (1, 4):
-            given = ", ".join(f"{field.name}_column" for field in fields(self) if getattr(self, field.name) is not None)
-            raise ValueError(f"{given}: expected columns of one kind: text, prompt and completion, or messages")
+        if self._given() and len(self._kinds()) > 1:
+            options = ", ".join(f"{name}_column" for name in self._given())
+            raise ValueError(f"{options}: expected columns of one kind: text, prompt and completion, or messages")
+
+    def _given(self) -> list[str]:
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
 
     def _kinds(self) -> list[dict[str, str]]:
         """For each kind of data that is looked for, the column of each of its parts."""
         kinds = (("text",), ("messages",), ("prompt", "completion"), ("input_ids",))
-        given = {field.name for field in fields(self) if getattr(self, field.name) is not None}
+        given = set(self._given())
         return [
             {part: getattr(self, part, None) or part for part in kind}
             for kind in kinds
@@ -90,7 +93,7 @@ class Columns:
         whole = len(found) == 1 and set(found[0].values()) <= set(present)
         masks = {name: name for name in _TOKEN_COLUMNS if name in present}
         of_tokens = whole and "input_ids" in found[0]
-        if not whole or (len(self._kinds()) > 1 and "completion_mask" in masks and not of_tokens):
+        if not whole or (not self._given() and "completion_mask" in masks and not of_tokens):
             got = ", ".join(map(repr, present)) or "no field"
             hint = "; a column option says which to read" if len(found) > 1 else ""
             raise ValueError(f"data: expected an object with {self._expected()}, got {got} in {where}{hint}")
@@ -215,7 +218,11 @@ def _load_saved(name: str) -> Any:
         import datasets
     except ImportError:
         raise _missing_datasets(name) from None
-    return datasets.load_from_disk(name)
+    try:
+        return datasets.load_from_disk(name)
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        # LookupError: what some versions raise for one without rows.
+        raise ValueError(f"data: cannot load {name!r}: {error}") from None
 
 
 def _load_published(name: str) -> Any:

@@ -266,6 +266,23 @@ def test_parquet_files_in_folders_are_read(tmp_path):
     assert len(read_documents([tmp_path])) == 4
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_table_without_rows_is_empty(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": []})
+    path = tmp_path / f"data.{kind}"
+    table.to_parquet(path) if kind == "parquet" else table.save_to_disk(path)
+    with pytest.raises(ValueError, match=f"data: (expected text, got|cannot load) '.*data.{kind}'"):
+        read_documents([path])
+
+
+def test_a_damaged_data_set_is_one_clear_error(tmp_path):
+    path = write(tmp_path, "saved", RECORDS)
+    (path / "data-00000-of-00001.arrow").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="data: cannot load '.*data.saved': "):
+        read_documents([path])
+
+
 def test_of_several_saved_splits_one_must_be_named(tmp_path):
     datasets = pytest.importorskip("datasets")
     split = datasets.Dataset.from_list(RECORDS)
