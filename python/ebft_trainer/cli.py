@@ -22,9 +22,18 @@ from transformers.trainer_utils import get_last_checkpoint
 import ebft_kernels
 
 from . import demo
+from .cli_data import (
+    ROW_OPTIONS,
+    add_data_options,
+    add_training_data_options,
+    chat_template_of,
+    check_training_data_options,
+    rows_of,
+    source_of,
+    train_and_eval_rows,
+)
 from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_arguments, options_of
 from .corpus import stdlib_sources
-from .data import Document, Row, build_rows, read_documents, split_in_two
 from .features import FeatureNetwork
 from .plots import table, write_json
 from .trainer import EBFTTrainer
@@ -52,7 +61,6 @@ _TRAINING: dict[str, type] = {
 }
 _EVALUATION: dict[str, type] = {"per_device_eval_batch_size": int, "eval_rows": int, "eval_seed": int}
 
-_ROW_OPTIONS = ("length", "pack", "extensions", "eval_data", "eval_fraction", "dtype")
 _NO_RESULT = {"eval_loss", "eval_runtime", "eval_samples_per_second"}
 
 # A command checks everything first (and raises ValueError or OSError); what it returns does the work.
@@ -84,10 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run in --output")
     existing.add_argument("--overwrite", action="store_true", help="delete the run that is in --output first")
-    train.add_argument("--eval-data", nargs="+", metavar="PATH", help="held-out text; default: a part of --data")
-    train.add_argument(
-        "--eval-fraction", type=float, default=0.05, metavar="X", help="held-out part of --data; 0: none"
-    )
+    add_training_data_options(train)
     train.add_argument(
         "--eval-steps", type=int, metavar="N", help="also evaluate every N steps; default: start and end"
     )
@@ -120,14 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="model folder or hub name")
-    parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PATH", help="text files, .jsonl files, folders of them"
-    )
-    parser.add_argument(
-        "--extensions", nargs="+", metavar=".EXT", help="files to read in folders; default: text and code"
-    )
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens per row (512)")
-    parser.add_argument("--pack", action="store_true", help="put several texts in a row, none of which sees another")
+    add_data_options(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (float32)"
     )
@@ -187,26 +185,36 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model: cannot load {name!r}: {error}") from None
 
 
+def _model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    template = chat_template_of(arguments)
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    if template is not None:
+        tokenizer.chat_template = template
+    return model, tokenizer
+
+
 def prepare_train(arguments: argparse.Namespace) -> Work:
     """Check options, output folder, data and model; the returned function trains."""
     output = arguments.output
     checkpoint = _check_output(output, resume=arguments.resume, overwrite=arguments.overwrite)
     evaluation = {} if arguments.eval_steps is None else {"eval_strategy": "steps", "eval_steps": arguments.eval_steps}
     config = _config(arguments, output, **evaluation)
+    check_training_data_options(arguments, config)
     run = {
         "model": arguments.model,
         "data": arguments.data,
         "options": vars(options_of(config)),
-        "rows": {name: getattr(arguments, name) for name in _ROW_OPTIONS},
+        "rows": {name: getattr(arguments, name) for name in (*ROW_OPTIONS, "dtype")},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
         "versions": _versions(),
     }
     if arguments.resume:
         _check_same_run(output, run)
-    documents = read_documents(arguments.data, extensions=arguments.extensions)
-    held_out = read_documents(arguments.eval_data, extensions=arguments.extensions) if arguments.eval_data else None
-    model, tokenizer = load_model(arguments.model, arguments.dtype)
-    train_rows, eval_rows = _train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
+    documents = source_of(arguments, arguments.data)
+    documents = documents if arguments.stream else list(documents)
+    held_out = list(source_of(arguments, arguments.eval_data)) if arguments.eval_data else None
+    model, tokenizer = _model_and_tokenizer(arguments)
+    train_rows, eval_rows = train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
     trainer = EBFTTrainer(
         model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
     )
@@ -239,9 +247,9 @@ def prepare_evaluate(arguments: argparse.Namespace) -> Work:
         raise ValueError(f"output: expected a new file, got {str(arguments.output)!r}, which exists")
     folder = tempfile.TemporaryDirectory()  # The trainer wants one; nothing is kept in it.
     config = _config(arguments, folder.name, report_to="none")
-    documents = read_documents(arguments.data, extensions=arguments.extensions)
-    model, tokenizer = load_model(arguments.model, arguments.dtype)
-    rows = _rows(arguments, config, tokenizer, documents)
+    documents = list(source_of(arguments, arguments.data))
+    model, tokenizer = _model_and_tokenizer(arguments)
+    rows = rows_of(arguments, config, tokenizer, documents)
     source = arguments.feature_model or _recorded_model(Path(arguments.model)) or arguments.model
     feature_model = model if source == arguments.model else load_model(source, arguments.dtype)[0]
     network = FeatureNetwork(feature_model, config.feature_layers, pooling=config.pooling, normalize=config.normalize)
@@ -280,7 +288,11 @@ def prepare_info(arguments: argparse.Namespace) -> Work:
 
 def _versions() -> dict[str, str]:
     """Versions of what the trainer uses, and what is missing without an optional package."""
-    optional = {"peft": "no LoRA", "matplotlib": "no plot from the demo"}
+    optional = {
+        "datasets": "no Parquet files and data sets",
+        "peft": "no LoRA",
+        "matplotlib": "no plot from the demo",
+    }
     out = {"python": platform.python_version()}
     for name in ("ebft-kernels", "torch", "transformers", "accelerate", "tokenizers", *optional):
         try:
@@ -314,34 +326,6 @@ def _check_same_run(output: Path, run: dict[str, Any]) -> None:
         expected, got = recorded.get(name), json.loads(json.dumps(run[name]))
         if expected != got:
             raise ValueError(f"{name}: to resume expected what the run was started with, {expected}; got {got}")
-
-
-def _rows(
-    arguments: argparse.Namespace, config: EBFTConfig, tokenizer: Any, documents: Sequence[Document]
-) -> list[Row]:
-    rows, left_out = build_rows(documents, tokenizer, config, length=arguments.length, pack=arguments.pack)
-    if left_out:
-        print(f"{left_out} rows without room for a rollout were left out, {len(rows)} remain")
-    return rows
-
-
-def _train_and_eval_rows(
-    arguments: argparse.Namespace,
-    config: EBFTConfig,
-    tokenizer: Any,
-    documents: Sequence[Document],
-    held_out: Sequence[Document] | None,
-) -> tuple[list[Row], list[Row]]:
-    """Held out are whole documents, or, of few documents, rows."""
-    fraction = arguments.eval_fraction
-    if held_out is not None:
-        return (_rows(arguments, config, tokenizer, part) for part in (documents, held_out))
-    if fraction == 0:
-        return _rows(arguments, config, tokenizer, documents), []
-    if len(documents) * fraction >= 1:
-        parts = split_in_two(documents, fraction, seed=config.eval_seed)
-        return (_rows(arguments, config, tokenizer, part) for part in parts)
-    return split_in_two(_rows(arguments, config, tokenizer, documents), fraction, seed=config.eval_seed)
 
 
 def _recorded_model(model: Path) -> str | None:

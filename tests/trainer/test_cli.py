@@ -100,7 +100,7 @@ def test_a_run_can_be_overwritten_and_nothing_else(train, tmp_path):
 
 
 def test_held_out_data_may_be_given(train, text, tmp_path):
-    train("--eval-data", text, "--max-steps", "1")
+    train("--eval-data", text, "--eval-fraction", "0", "--max-steps", "1")
     assert "before" in json.loads((tmp_path / "run" / "results.json").read_text())
 
 
@@ -110,6 +110,41 @@ def test_several_documents_are_held_out_whole(model_folder, tmp_path, capsys):
     arguments = ["train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", *SMALL.split()]
     cli.main([str(argument) for argument in [*arguments, "--max-steps", "1"]])
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_columns_and_conversations_by_option(model_folder, tmp_path):
+    """From a table with other columns too; the template is the trained model's from then on."""
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}")
+    chat = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "four, " * 3}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "\n".join(json.dumps({"text": "", "chat": chat, "question": "two?", "reply": "no " * 9}) for _ in "ab")
+    )
+    for i, columns in enumerate(
+        (
+            ["--messages-column", "chat", "--chat-template", template],
+            ["--prompt-column", "question", "--completion-column", "reply", "--pack"],
+        )
+    ):
+        arguments = ["train", "--model", model_folder, "--data", data, "--output", tmp_path / f"run{i}", *SMALL.split()]
+        arguments += ["--max-steps", "1", "--eval-fraction", "0", *columns]
+        cli.main([str(argument) for argument in arguments])
+    assert AutoTokenizer.from_pretrained(tmp_path / "run0" / "model").chat_template == template.read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "run1" / "model").chat_template is None
+
+
+def test_a_stream_is_trained_on_and_resumed(train, text, tmp_path, capsys):
+    stream = ("--stream", "--eval-fraction", "0", "--shuffle-buffer", "5")
+    train(*stream, "--eval-data", text)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"before", "after", "log"} == set(results)
+    train(*stream, "--eval-data", text, "--max-steps", "6", "--resume")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["log"][-1]["step"] == 6
+    arguments = ["train", "--model", tmp_path / "tiny-model", "--data", text, "--output", tmp_path / "run"]
+    message = error_of(capsys, [*arguments, *SMALL.split(), *stream[:-1], "6", "--eval-data", text, "--resume"])
+    assert message.startswith("rows: to resume expected")
 
 
 def test_a_folder_that_holds_something_is_refused(model_folder, text, tmp_path, capsys):
@@ -148,7 +183,17 @@ def test_another_run_is_not_resumed(train, model_folder, text, tmp_path, capsys)
         (["--resume", "--overwrite"], "not allowed with argument"),
         (["--length", "6"], "length: expected at least context + horizon = 4 + 3 tokens, got 6"),
         (["--data", "nowhere.txt"], "data: expected a file or folder, got 'nowhere.txt', which does not exist"),
-        (["--eval-data", "nowhere.txt"], "data: expected a file or folder, got 'nowhere.txt', which does not exist"),
+        (["--eval-fraction", "0", "--eval-data", "nowhere.txt"], "got 'nowhere.txt', which does not exist"),
+        (["--eval-data", "nowhere.txt"], "eval_fraction: expected none with --eval-data, got 0.2"),
+        (["--stream"], "eval_fraction: expected none with --stream, got 0.2"),
+        (
+            ["--stream", "--max-steps", "-1"],
+            "max_steps: expected --max-steps with --stream, which never ends, got none",
+        ),
+        (["--shuffle-buffer", "9"], "shuffle_buffer: expected --stream with it, got 9 without"),
+        (["--data", "hub:nobody/nothing"], "data: cannot load 'hub:nobody/nothing': Couldn't reach"),
+        (["--text-column", "a", "--messages-column", "b"], "expected columns of one kind"),
+        (["--chat-template", "nowhere.jinja"], "No such file or directory: 'nowhere.jinja'"),
         (["--eval-fraction", "2"], "eval_fraction: expected a number between 0 and 1, got 2.0"),
         (["--model", "./nowhere"], "model: expected a model folder or hub name, got './nowhere', which does not exist"),
     ],

@@ -1,0 +1,344 @@
+"""From names of files, folders and data sets to documents, one after the other and without holding them all.
+
+Text is UTF-8. Plain text and JSON lines need nothing but Python; Parquet files and data sets need the package
+``datasets`` (``pip install "ebft-kernels[datasets]"``).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+EXTENSIONS = tuple(
+    ".c .cc .cpp .cs .cu .cuh .go .h .hpp .java .jl .js .jsonl .kt .lua .md .parquet .php .py .r .rb .rs .rst .scala "
+    ".sh .sql .swift .tex .ts .txt".split()
+)
+HUB = "hub:"
+
+_TOKEN_COLUMNS = ("completion_mask", "attention_mask", "document_ids")
+_PIECE = 2**20  # bytes of a text file that are one document; no line is cut that is not longer
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, prompt-completion pair, conversation or list of token ids; ``where`` is for error messages.
+
+    Attributes:
+        text: plain text; of a file that is read in pieces, one piece.
+        starts, ends: whether the text's first and last characters are those of the file.
+        prompt, completion: plain text.
+        messages: ``[{"role": ..., "content": ...}, ...]``.
+        answer: number of the message that the completion starts with; assistant turns from there on count.
+        tokens: a row: ``input_ids`` and what else there is to say about them.
+    """
+
+    where: str
+    text: str | None = None
+    starts: bool = True
+    ends: bool = True
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    answer: int = 0
+    tokens: dict[str, list[int]] | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns (fields of a JSON line) hold what. None: the usual name, told by which columns are there.
+
+    With a name given, only the kind of data that it belongs to is read, whatever other columns there are.
+
+    Raises:
+        ValueError: names for more than one kind of data.
+    """
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: str | None = None
+
+    def __post_init__(self) -> None:
+        if self._given() and len(self._kinds()) > 1:
+            options = ", ".join(f"{name}_column" for name in self._given())
+            raise ValueError(f"{options}: expected columns of one kind: text, prompt and completion, or messages")
+
+    def _given(self) -> list[str]:
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+
+    def _kinds(self) -> list[dict[str, str]]:
+        """For each kind of data that is looked for, the column of each of its parts."""
+        kinds = (("text",), ("messages",), ("prompt", "completion"), ("input_ids",))
+        given = set(self._given())
+        return [
+            {part: getattr(self, part, None) or part for part in kind}
+            for kind in kinds
+            if not given or given & set(kind)
+        ]
+
+    def find(self, present: Iterable[str], where: str) -> dict[str, str]:
+        """The column of each part of the one kind of data that is there, and the masks of ``input_ids``.
+
+        Raises:
+            ValueError: there is no kind, or half of one, or several.
+        """
+        present = list(present)
+        found = [kind for kind in self._kinds() if set(kind.values()) & set(present)]
+        whole = len(found) == 1 and set(found[0].values()) <= set(present)
+        masks = {name: name for name in _TOKEN_COLUMNS if name in present}
+        of_tokens = whole and "input_ids" in found[0]
+        if not whole or (not self._given() and "completion_mask" in masks and not of_tokens):
+            got = ", ".join(map(repr, present)) or "no field"
+            hint = "; a column option says which to read" if len(found) > 1 else ""
+            raise ValueError(f"data: expected an object with {self._expected()}, got {got} in {where}{hint}")
+        return found[0] | masks if of_tokens else found[0]
+
+    def _expected(self) -> str:
+        kinds = [" and ".join(map(repr, kind.values())) for kind in self._kinds()]
+        return kinds[0] if len(kinds) == 1 else f"{', '.join(kinds[:-1])} or {kinds[-1]} (with or without masks)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The documents of files, folders and data sets, in a fixed order; iterating reads them anew and lazily.
+
+    A name is a path, or ``hub:NAME`` with ``,config=C``, ``,split=S`` (train) and ``,revision=R`` behind it for a data
+    set on the Hugging Face hub. By its ending a file is JSON lines (``.jsonl``), Parquet (``.parquet``) or plain text.
+    A folder that ``Dataset.save_to_disk`` wrote is a data set; in other folders all files with ``extensions`` are
+    read, but no hidden folders and no empty files. A file that is named itself is read whatever its ending.
+
+    A text file is one document; of a larger one, each mebibyte up to the end of a line. A JSON line or row of a data
+    set is a document: text, a conversation, a prompt-completion pair (strings, or lists of messages) or token ids.
+
+    Attributes:
+        names: paths and hub names.
+        columns: where a JSON line or a row holds what.
+        extensions: of the files that are read in folders; None: `EXTENSIONS`.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: while iterating, naming file and byte, line or row: nothing to read, text that is not UTF-8, a line
+            that is not JSON, columns missing or of another type, a data set that cannot be loaded.
+    """
+
+    names: Sequence[str | os.PathLike[str]]
+    columns: Columns = Columns()
+    extensions: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in map(str, self.names):
+            if not name.startswith(HUB) and not Path(name).exists():
+                raise FileNotFoundError(f"data: expected a file or folder, got {name!r}, which does not exist")
+
+    def __iter__(self) -> Iterator[Document]:
+        for name in map(str, self.names):
+            empty = True
+            for document in self._read(name):
+                empty = False
+                yield document
+            if empty:
+                raise ValueError(f"data: expected text, got {name!r}, which is empty")
+
+    def _read(self, name: str) -> Iterator[Document]:
+        if name.startswith(HUB):
+            return self._data_set(name, _load_published(name))
+        path = Path(name)
+        if not path.is_dir():
+            return self._read_file(path)
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            raise ValueError(
+                f"data: expected one split, got {name!r} with {', '.join(splits)}: give {path / splits[0]}"
+            )
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            return self._data_set(name, _load_saved(name))
+        extensions = EXTENSIONS if self.extensions is None else tuple(self.extensions)
+        files = _files(path, extensions)
+        if not files:
+            raise ValueError(f"data: expected files ending in {' '.join(extensions)} in folder {name!r}, got none")
+        return (document for file in files for document in self._read_file(file))
+
+    def _read_file(self, path: Path) -> Iterator[Document]:
+        if path.suffix == ".jsonl":
+            return (self._json_document(where, line) for where, line in _lines(path))
+        return self._parquet(path) if path.suffix == ".parquet" else _text_documents(path)
+
+    def _json_document(self, where: str, line: str) -> Document:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"data: expected JSON, got {error.msg} at column {error.colno} of {where}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"data: expected a JSON object, got {type(record).__name__} in {where}")
+        return _document(where, record, self.columns.find(record, where))
+
+    def _parquet(self, path: Path) -> Iterator[Document]:
+        try:
+            import pyarrow
+            from pyarrow.parquet import ParquetFile
+        except ImportError:
+            raise _missing_datasets(str(path)) from None
+        number = 0
+        try:
+            with ParquetFile(path) as file:
+                columns = self.columns.find(file.schema_arrow.names, str(path))
+                # One thread: this may run in a forked worker of a data loader.
+                for batch in file.iter_batches(_BATCH, columns=list(columns.values()), use_threads=False):
+                    for record in batch.to_pylist():
+                        yield _document(f"{path}, row {number}", record, columns)
+                        number += 1
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"data: cannot read {str(path)!r} as Parquet: {error}") from None
+
+    def _data_set(self, name: str, data_set: Any) -> Iterator[Document]:
+        columns = self.columns.find(data_set.column_names, name)
+        records = data_set.select_columns(list(columns.values())).with_format(None)
+        return (_document(f"{name}, row {number}", record, columns) for number, record in enumerate(records))
+
+
+def read_documents(
+    names: Sequence[str | os.PathLike[str]], *, columns: Columns | None = None, extensions: Sequence[str] | None = None
+) -> list[Document]:
+    """All documents of a `Source`; arguments and errors are its own."""
+    return list(Source(names, columns or Columns(), extensions))
+
+
+def _missing_datasets(name: str) -> ValueError:
+    return ValueError(f"data: {name!r} needs the package datasets: pip install 'ebft-kernels[datasets]'")
+
+
+def _load_saved(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise _missing_datasets(name) from None
+    try:
+        return datasets.load_from_disk(name)
+    except (OSError, ValueError, LookupError, datasets.exceptions.DatasetsError) as error:
+        # LookupError: what some versions raise for one without rows.
+        raise ValueError(f"data: cannot load {name!r}: {error}") from None
+
+
+def _load_published(name: str) -> Any:
+    """The data set as a memory-mapped table: downloaded whole, once, but not read into memory."""
+    repository, *options = name.removeprefix(HUB).split(",")
+    given = dict(option.partition("=")[::2] for option in options)
+    if not repository or "" in given.values() or not set(given) <= {"config", "split", "revision"}:
+        raise ValueError(f"data: expected 'hub:NAME[,config=C][,split=S][,revision=R]', got {name!r}")
+    try:
+        import datasets
+    except ImportError:
+        raise _missing_datasets(name) from None
+    try:
+        return datasets.load_dataset(
+            repository, given.get("config"), split=given.get("split", "train"), revision=given.get("revision")
+        )
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"data: cannot load {name!r}: {error}") from None
+
+
+def _files(folder: Path, extensions: Sequence[str]) -> list[Path]:
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if name.endswith(tuple(extensions))]
+    return sorted(found)
+
+
+def _text_documents(path: Path) -> Iterator[Document]:
+    pieces = _text_pieces(path)
+    piece, starts = next(pieces, ""), True
+    while piece:
+        following = next(pieces, "")
+        if piece.strip() or following or not starts:
+            yield Document(str(path), text=piece, starts=starts, ends=not following)
+        piece, starts = following, False
+
+
+def _text_pieces(path: Path) -> Iterator[str]:
+    """The file's text, cut at ends of lines where lines are not longer than a piece."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    raw = b"start"
+    with path.open("rb") as file:
+        while raw:
+            start = file.tell() - len(decoder.getstate()[0])
+            raw = file.read(_PIECE)
+            raw += file.readline(_PIECE)
+            try:
+                text = decoder.decode(raw, final=not raw)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(error, start, path) from None
+            text = text.removeprefix("\ufeff") if start == 0 else text
+            if text:
+                yield text
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Name and text of each line that is not blank."""
+    start = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(error, start, path) from None
+            line = line.removeprefix("\ufeff") if start == 0 else line
+            if line.strip():
+                yield f"{path}, line {number}", line
+            start += len(raw)
+
+
+def _not_utf8(error: UnicodeDecodeError, start: int, path: Path) -> ValueError:
+    byte = f"byte {error.object[error.start]:#04x} at offset {start + error.start}"
+    return ValueError(f"data: expected UTF-8, got {byte} of {str(path)!r}")
+
+
+def _document(where: str, record: Mapping[str, Any], columns: Mapping[str, str]) -> Document:
+    parts = {part: record[column] for part, column in columns.items()}
+    if "input_ids" in parts:
+        return Document(where, tokens=_tokens(where, parts))
+    if "messages" in parts:
+        return Document(where, messages=_messages(where, columns["messages"], parts["messages"]))
+    if "prompt" in parts and isinstance(parts["prompt"], list):
+        prompt, completion = (_messages(where, columns[part], parts[part]) for part in ("prompt", "completion"))
+        return Document(where, messages=prompt + completion, answer=len(prompt))
+    for part, value in parts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"data: expected {columns[part]!r} as a string, got {type(value).__name__} in {where}")
+    return Document(where, **parts)
+
+
+def _tokens(where: str, parts: Mapping[str, Any]) -> dict[str, list[int]]:
+    ids = parts["input_ids"]
+    if not _is_list_of(ids, int) or (ids and min(ids) < 0):
+        raise ValueError(f"data: expected 'input_ids' as a list of token ids in {where}")
+    present = {name: values for name, values in parts.items() if values is not None}
+    for name, values in present.items():
+        is_mask = name.endswith("_mask")
+        if not _is_list_of(values, int) or len(values) != len(ids) or (is_mask and not set(values) <= {0, 1}):
+            kind = "entries, 0 or 1 each" if is_mask else "integers"
+            raise ValueError(f"data: expected {name!r} with {len(ids)} {kind}, in {where}")
+    return present
+
+
+def _messages(where: str, column: str, value: Any) -> list[dict[str, Any]]:
+    """The messages without the fields that are None, as a table fills in those that other rows have."""
+    if not _is_list_of(value, dict) or not value:
+        raise ValueError(f"data: expected {column!r} as a list of messages, got {type(value).__name__} in {where}")
+    messages = [{name: field for name, field in message.items() if field is not None} for message in value]
+    for number, message in enumerate(messages):
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                got = type(message.get(name)).__name__
+                raise ValueError(f"data: expected {name!r} as a string in message {number}, got {got} in {where}")
+    return messages
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(x, kind) for x in value)
