@@ -1,0 +1,188 @@
+"""Training runs that give the same numbers on one rank as on two; started by `test_ranks.py` on two, used there on one.
+
+`python -m torch.distributed.run --nproc-per-node=2 on_ranks.py FOLDER`: runs every case and leaves its record in FOLDER.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from ebft_trainer import EBFTConfig, EBFTTrainer
+
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+
+GEOMETRY = {"context": 4, "stride": 6, "horizon": 3, "samples": 3}
+# Greedy rollouts, so that the division of the random numbers among ranks does not matter.
+GREEDY = {"temperature": 0.0, "estimator": "reinforce", "ce_coef": 0.5}
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    """Rows with one to four anchors each, some of them with a prompt that does not count."""
+    generator = torch.Generator().manual_seed(1)
+    out: list[dict[str, Any]] = []
+    for number in range(16):
+        length = (24, 11, 17, 8, 24, 12, 9, 20)[number % 8]
+        row: dict[str, Any] = {"input_ids": torch.randint(0, 40, (length,), generator=generator)}
+        if number % 3 == 0:
+            row["completion_mask"] = [False] * 5 + [True] * (length - 5)
+        out.append(row)
+    return out
+
+
+class Recorder(TrainerCallback):
+    """Whole gradients before each optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **others: Any) -> None:
+        parameters = others["model"].named_parameters()
+        self.gradients.append({plain_name(name): whole(p.grad).clone() for name, p in parameters if p.grad is not None})
+
+
+def plain_name(name: str) -> str:
+    return name.removeprefix("module.")
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def config(folder: Path, rows_per_step: int = 4, accumulate: int = 1, **options: Any) -> EBFTConfig:
+    usual = {
+        "output_dir": str(folder),
+        "max_steps": 2,
+        "per_device_train_batch_size": rows_per_step // (accumulate * RANKS),
+        "gradient_accumulation_steps": accumulate,
+        "per_device_eval_batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    made = EBFTConfig(**(GEOMETRY | GREEDY | usual | options))
+    if RANKS > 1:
+        # accelerate shards on accelerators only, and what follows from this type runs on gloo and the CPU just as well.
+        sharded = made.fsdp or made.fsdp_config
+        kind = DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
+        assert made.device.type == "cpu"
+        PartialState._shared_state["distributed_type"] = kind
+    return made
+
+
+def record(trainer: EBFTTrainer, recorder: Recorder) -> dict[str, Any]:
+    weights = {plain_name(name): whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
+    return {
+        "gradients": recorder.gradients,
+        "weights": weights,
+        "log": trainer.state.log_history,
+        "kind": f"{type(trainer.model_wrapped).__mro__[0].__name__}",
+    }
+
+
+def train(folder: Path, model: str = "model", adapters: bool = False, **options: Any) -> dict[str, Any]:
+    policy = AutoModelForCausalLM.from_pretrained(folder / model)
+    if adapters:
+        torch.manual_seed(3)
+        lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        policy = get_peft_model(policy, lora)
+    recorder = Recorder()
+    trainer = EBFTTrainer(policy, config(folder, **options), train_dataset=rows(), callbacks=[recorder])
+    trainer.train()
+    return record(trainer, recorder)
+
+
+def evaluated(folder: Path) -> dict[str, Any]:
+    policy, recorder = AutoModelForCausalLM.from_pretrained(folder / "model"), Recorder()
+    trainer = EBFTTrainer(
+        policy, config(folder), train_dataset=rows(), eval_dataset=rows()[:7], callbacks=[recorder]
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    return record(trainer, recorder) | {"evaluations": [before, trainer.evaluate()]}
+
+
+def poisoned(folder: Path, **options: Any) -> dict[str, Any]:
+    """The last rank's gradient is not finite in the second of three steps."""
+    policy, recorder = AutoModelForCausalLM.from_pretrained(folder / "model"), Recorder()
+    trainer = EBFTTrainer(policy, config(folder, max_steps=3, **options), train_dataset=rows(), callbacks=[recorder])
+    compute_loss = trainer.compute_loss
+
+    def poison(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = compute_loss(*args, **kwargs)
+        return loss * float("inf") if trainer.state.global_step == 1 and RANK == RANKS - 1 else loss
+
+    trainer.compute_loss = poison
+    trainer.train()
+    return record(trainer, recorder)
+
+
+def resumed(folder: Path, **options: Any) -> dict[str, Any]:
+    """Four steps, then again from the checkpoint after the second."""
+    logs = []
+    run = folder / f"resumed-{RANKS}-{bool(options)}"
+    for checkpoint in (None, str(run / "checkpoint-2")):
+        policy, recorder = AutoModelForCausalLM.from_pretrained(folder / "model"), Recorder()
+        saving = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(run), "max_steps": 4}
+        trainer = EBFTTrainer(
+            policy, config(folder, **saving, temperature=1.0, **options), train_dataset=rows(), callbacks=[recorder]
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        logs.append(record(trainer, recorder))
+    return {"whole": logs[0], "resumed": logs[1]}
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "evaluated": evaluated,
+    "accumulated": lambda folder: train(folder, accumulate=2),
+    "cross_entropy": lambda folder: train(folder, rl_coef=0.0),
+    "lora": lambda folder: train(folder, adapters=True),
+    "tied": lambda folder: train(folder, model="tied"),
+    "poisoned": poisoned,
+    "resumed": resumed,
+    "sharded_features": lambda folder: train(folder, shard_feature_network=RANKS > 1),
+}
+# With one rank there is nothing to shard: the same runs without it.
+FSDP_CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "fsdp": lambda folder: train(folder, **FSDP),
+    "fsdp_accumulated": lambda folder: train(folder, accumulate=2, **FSDP),
+    "fsdp_lora": lambda folder: train(folder, adapters=True, **FSDP),
+    "fsdp_tied": lambda folder: train(folder, model="tied", **FSDP),
+    "fsdp_poisoned": lambda folder: poisoned(folder, **FSDP),
+    "fsdp_resumed": lambda folder: resumed(folder, **FSDP),
+    "fsdp_sharded_features": lambda folder: train(folder, shard_feature_network=True, **FSDP),
+}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name, case in (CASES | FSDP_CASES).items():
+        torch.save(case(folder), folder / f"{name}-{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
