@@ -178,9 +178,8 @@ def _own_logits(model: nn.Module, forms: Sequence[tuple[float, float | None]]) -
         for module, training in modes:
             module.training = training
     if len(found) != len(forms):
-        raise ValueError(
-            f"{_architecture(base)}: expected one call of its vocabulary head, saw {len(found) // len(forms)}"
-        )
+        calls = len(found) // len(forms)
+        raise ValueError(f"{_architecture(base)}: expected one call of its vocabulary head, saw {calls}")
     return logits, found
 
 

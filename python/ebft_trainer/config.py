@@ -152,8 +152,8 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
             )
         if self.push_to_hub and "checkpoint" in str(getattr(self.hub_strategy, "value", self.hub_strategy)):
             raise ValueError(
-                f"hub_strategy: expected end or every_save, got {self.hub_strategy}: a checkpoint is renamed when it is "
-                "complete, while transformers would still upload it"
+                f"hub_strategy: expected end or every_save, got {self.hub_strategy}: a checkpoint is renamed when it "
+                "is complete, while transformers would still upload it"
             )
 
 

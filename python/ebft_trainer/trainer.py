@@ -46,7 +46,8 @@ class EBFTTrainer(Trainer):
 
     A step whose loss or gradient is not finite leaves the weights as they are. Such steps are counted in the log as
     ``nonfinite_steps`` and are in no other number of it; after ``args.max_nonfinite_steps`` in a row the run saves its
-    state and ends with an error. (With fp16 the gradient scaler judges the gradients. DeepSpeed cannot skip: it ends at once.)
+    state and ends with an error. With fp16 the gradient scaler judges the gradients; under DeepSpeed, which cannot
+    skip a step, a loss that is not finite ends the run at once.
 
     A checkpoint appears under its name when it is complete, so that a process may be killed at any moment.
 
@@ -122,9 +123,7 @@ class EBFTTrainer(Trainer):
             optimizers=optimizers,
         )
         if args.fsdp and not self.is_fsdp_enabled:
-            raise ValueError(
-                f"fsdp: expected an accelerator and several processes, got {args.device}: nothing is sharded"
-            )
+            raise ValueError(f"fsdp: accelerate does not shard on {args.device}; it needs an accelerator per process")
         self.feature_network = None if feature_network is None else feature_network.to(args.device)
         if args.shard_feature_network and feature_network is not None:
             self.feature_network.shard()
@@ -289,9 +288,7 @@ class EBFTTrainer(Trainer):
         self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skip else 0
         self._metrics.end_step(taken=not skip)
         if skip and self.is_deepspeed_enabled:
-            raise FloatingPointError(
-                f"loss: expected a finite number, got NaN or infinity in step {self.state.global_step}"
-            )
+            raise FloatingPointError(f"loss: expected finite numbers, got others in step {self.state.global_step}")
         if skip:
             model.zero_grad(set_to_none=True)
 

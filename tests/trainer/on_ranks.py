@@ -1,11 +1,12 @@
-"""Training runs that give the same numbers on one rank as on two; started by `test_ranks.py` on two, used there on one.
+"""Training runs that give the same numbers on one rank as on two; `test_ranks.py` runs them on both.
 
-`python -m torch.distributed.run --nproc-per-node=2 on_ranks.py FOLDER`: runs every case and leaves its record in FOLDER.
+`python -m torch.distributed.run --nproc-per-node=2 on_ranks.py FOLDER` runs every case and leaves its record in FOLDER.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -27,10 +28,7 @@ RANK = int(os.environ.get("RANK", 0))
 GEOMETRY = {"context": 4, "stride": 6, "horizon": 3, "samples": 3}
 # Greedy rollouts, so that the division of the random numbers among ranks does not matter.
 GREEDY = {"temperature": 0.0, "estimator": "reinforce", "ce_coef": 0.5}
-FSDP = {
-    "fsdp": True,
-    "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-}
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -117,9 +115,7 @@ def train(folder: Path, model: str = "model", adapters: bool = False, **options:
 
 def evaluated(folder: Path) -> dict[str, Any]:
     policy, recorder = AutoModelForCausalLM.from_pretrained(folder / "model"), Recorder()
-    trainer = EBFTTrainer(
-        policy, config(folder), train_dataset=rows(), eval_dataset=rows()[:7], callbacks=[recorder]
-    )
+    trainer = EBFTTrainer(policy, config(folder), train_dataset=rows(), eval_dataset=rows()[:7], callbacks=[recorder])
     before = trainer.evaluate()
     trainer.train()
     return record(trainer, recorder) | {"evaluations": [before, trainer.evaluate()]}
@@ -133,7 +129,7 @@ def poisoned(folder: Path, **options: Any) -> dict[str, Any]:
 
     def poison(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = compute_loss(*args, **kwargs)
-        return loss * float("inf") if trainer.state.global_step == 1 and RANK == RANKS - 1 else loss
+        return loss * math.inf if trainer.state.global_step == 1 and RANK == RANKS - 1 else loss
 
     trainer.compute_loss = poison
     trainer.train()
@@ -156,6 +152,7 @@ def resumed(folder: Path, **options: Any) -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "plain": train,
     "evaluated": evaluated,
     "accumulated": lambda folder: train(folder, accumulate=2),
     "cross_entropy": lambda folder: train(folder, rl_coef=0.0),
