@@ -160,6 +160,8 @@ class EBFTTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The micro-batches of one optimizer step, and what they weigh: see `loss_weights`, summed over all ranks."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # A finished run was resumed; transformers would train one more step.
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None

@@ -32,15 +32,13 @@ FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDe
 
 
 def rows() -> list[dict[str, Any]]:
-    """Rows with one to four anchors each, some of them with a prompt that does not count."""
+    """Rows with one to three anchors and four to twenty counted tokens each."""
     generator = torch.Generator().manual_seed(1)
-    out: list[dict[str, Any]] = []
+    out = []
     for number in range(16):
-        length = (24, 11, 17, 8, 24, 12, 9, 20)[number % 8]
-        row: dict[str, Any] = {"input_ids": torch.randint(0, 40, (length,), generator=generator)}
-        if number % 3 == 0:
-            row["completion_mask"] = [False] * 5 + [True] * (length - 5)
-        out.append(row)
+        length, start = (24, 11, 17, 8, 24, 12, 9, 20)[number % 8], 5 if number % 3 else 4
+        ids = torch.randint(0, 40, (length,), generator=generator)
+        out.append({"input_ids": ids, "completion_mask": [False] * start + [True] * (length - start)})
     return out
 
 
