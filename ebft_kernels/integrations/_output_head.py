@@ -88,6 +88,8 @@ def head_module(base: PreTrainedModel) -> nn.Module:
         raise ValueError(
             f"{_architecture(base)}: no vocabulary head with one weight matrix found, got {type(head).__name__}"
         )
+    if not head.weight.is_floating_point():
+        raise ValueError(f"{_architecture(base)}: its vocabulary head is quantized ({head.weight.dtype})")
     if hasattr(head, "base_layer"):
         raise ValueError(f"{_architecture(base)}: its vocabulary head is a PEFT adapter layer, not one weight matrix")
     return head

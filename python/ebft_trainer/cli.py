@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 import sys
@@ -22,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import ebft_kernels
 
 from . import demo
+from .checkpoint import CheckpointError
 from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_arguments, options_of
 from .corpus import stdlib_sources
 from .data import Document, Row, build_rows, read_documents, split_in_two
@@ -49,6 +51,8 @@ _TRAINING: dict[str, type] = {
     "report_to": str,
     "bf16": bool,
     checkpointing_field(): bool,
+    "max_nonfinite_steps": int,
+    "shard_feature_network": bool,
 }
 _EVALUATION: dict[str, type] = {"per_device_eval_batch_size": int, "eval_rows": int, "eval_seed": int}
 
@@ -65,14 +69,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Bad input ends the process with exit code 2 and one line, before any work."""
+    """Run one command. Bad input ends the process with exit code 2 and one line, before any work.
+
+    A run that cannot go on (full disk, damaged checkpoint, numbers that are not finite) ends with code 1 and one line.
+    """
     arguments = _parser().parse_args(argv)
     try:
         work = arguments.prepare(arguments)
     except (ValueError, TypeError, OSError) as error:
         print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    work()
+    try:
+        work()
+    except (CheckpointError, FloatingPointError) as error:
+        print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--eval-steps", type=int, metavar="N", help="also evaluate every N steps; default: start and end"
     )
+    train.add_argument("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank, not the weights")
+    train.add_argument("--lora-alpha", type=float, metavar="X", help="scale of the adapters; default: twice the rank")
     _add_options(train, _TRAINING | _EVALUATION)
     train.set_defaults(prepare=prepare_train)
 
@@ -187,6 +200,25 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model: cannot load {name!r}: {error}") from None
 
 
+def with_adapters(model: Any, rank: int | None, alpha: float | None = None) -> Any:
+    """A PEFT model with LoRA adapters on every linear layer but the head.
+
+    Raises:
+        ValueError: a rank below 1 or none, an alpha that is not above 0, or peft is not installed.
+    """
+    if rank is None or rank < 1:
+        raise ValueError(f"lora_rank: expected at least 1, got {rank}")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"lora_alpha: expected a number above 0, got {alpha}")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError("lora_rank: needs the package peft, which is not installed") from None
+    alpha = 2 * rank if alpha is None else alpha
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
 def prepare_train(arguments: argparse.Namespace) -> Work:
     """Check options, output folder, data and model; the returned function trains."""
     output = arguments.output
@@ -199,6 +231,7 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
         "options": vars(options_of(config)),
         "rows": {name: getattr(arguments, name) for name in _ROW_OPTIONS},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
+        "lora": {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha},
         "versions": _versions(),
     }
     if arguments.resume:
@@ -206,6 +239,8 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
     documents = read_documents(arguments.data, extensions=arguments.extensions)
     held_out = read_documents(arguments.eval_data, extensions=arguments.extensions) if arguments.eval_data else None
     model, tokenizer = load_model(arguments.model, arguments.dtype)
+    if arguments.lora_rank is not None or arguments.lora_alpha is not None:
+        model = with_adapters(model, arguments.lora_rank, arguments.lora_alpha)
     train_rows, eval_rows = _train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
     trainer = EBFTTrainer(
         model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
@@ -218,9 +253,11 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
         if trainer.is_world_process_zero():
             write_json(output / RUN_FILE, run)
         results = {}
-        if eval_rows and checkpoint is None:
-            results["before"] = trainer.evaluate()
+        # From inside the training, where the model is wrapped for several processes.
+        config.eval_on_start = bool(eval_rows) and checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint)
+        if config.eval_on_start:
+            results["before"] = next(line for line in trainer.state.log_history if "eval_loss" in line)
         if eval_rows:
             results["after"] = trainer.evaluate()
         _save_model(trainer, output / MODEL_FOLDER)
@@ -310,7 +347,7 @@ def _check_output(output: Path, *, resume: bool = False, overwrite: bool = False
 
 def _check_same_run(output: Path, run: dict[str, Any]) -> None:
     recorded = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
-    for name in ("model", "data", "options", "rows", "seeds"):
+    for name in ("model", "data", "options", "rows", "seeds", "lora"):
         expected, got = recorded.get(name), json.loads(json.dumps(run[name]))
         if expected != got:
             raise ValueError(f"{name}: to resume expected what the run was started with, {expected}; got {got}")

@@ -12,18 +12,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from ebft_trainer import EBFTConfig, EBFTTrainer
+from ebft_trainer import EBFTConfig, EBFTTrainer, cli
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
+
+FSDP2_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fsdp2.yaml"
 
 GEOMETRY = {"context": 4, "stride": 6, "horizon": 3, "samples": 3}
 # Greedy rollouts, so that the division of the random numbers among ranks does not matter.
@@ -80,13 +85,15 @@ def config(folder: Path, rows_per_step: int = 4, accumulate: int = 1, **options:
     AcceleratorState._reset_state()
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     made = EBFTConfig(**(GEOMETRY | GREEDY | usual | options))
+    assert made.device.type == "cpu"
     if RANKS > 1:
-        # accelerate shards on accelerators only, and what follows from this type runs on gloo and the CPU just as well.
-        sharded = made.fsdp or made.fsdp_config
-        kind = DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
-        assert made.device.type == "cpu"
-        PartialState._shared_state["distributed_type"] = kind
+        pretend(DistributedType.MULTI_GPU if made.fsdp else DistributedType.MULTI_CPU)
     return made
+
+
+def pretend(kind: DistributedType) -> None:
+    """accelerate shards on accelerators only; what follows from this type runs with gloo on the CPU just as well."""
+    PartialState._shared_state["distributed_type"] = kind
 
 
 def record(trainer: EBFTTrainer, recorder: Recorder) -> dict[str, Any]:
@@ -149,6 +156,26 @@ def resumed(folder: Path, **options: Any) -> dict[str, Any]:
     return {"whole": logs[0], "resumed": logs[1]}
 
 
+def launched(folder: Path) -> dict[str, Any]:
+    """`ebft-train` under the settings that `accelerate launch` makes of the example."""
+    parser = launch_command_parser()
+    arguments = parser.parse_args(["--config_file", str(FSDP2_EXAMPLE), f"--num_processes={RANKS}", "ebft-train"])
+    settings = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    AcceleratorState._reset_state()
+    os.environ.update({name: value for name, value in settings.items() if name.startswith(("ACCELERATE", "FSDP"))})
+
+    def trainer(*arguments: Any, **options: Any) -> EBFTTrainer:
+        pretend(DistributedType.MULTI_GPU)
+        return EBFTTrainer(*arguments, **options)
+
+    options = "--length 48 --context 4 --stride 6 --horizon 3 --samples 2 --eval-rows 4 --max-steps 2 --save-steps 2"
+    options += " --per-device-train-batch-size 1 --logging-steps 1 --eval-fraction 0.2 --shard-feature-network"
+    inputs = ["--model", folder / "launched", "--data", folder / "text.txt", "--output", folder / "launched-run"]
+    with mock.patch.object(cli, "EBFTTrainer", trainer):
+        cli.main(["train", *map(str, inputs), *options.split()])
+    return {"kind": AcceleratorState().distributed_type.value, "precision": AcceleratorState().mixed_precision}
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": train,
     "evaluated": evaluated,
@@ -169,6 +196,7 @@ FSDP_CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fsdp_poisoned": lambda folder: poisoned(folder, **FSDP),
     "fsdp_resumed": lambda folder: resumed(folder, **FSDP),
     "fsdp_sharded_features": lambda folder: train(folder, shard_feature_network=True, **FSDP),
+    "launched": launched,
 }
 
 

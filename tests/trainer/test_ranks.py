@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
 
 import ebft_kernels
 import ebft_trainer
@@ -21,11 +24,14 @@ PER_RANK = ("tokens", "valid_anchors", "advantage_std")
 
 
 @pytest.fixture(scope="module")
-def folder(plain, tmp_path_factory):
+def folder(plain, byte_tokenizer, tmp_path_factory):
     """Models, and the records of both ranks for every case."""
     folder = tmp_path_factory.mktemp("ranks")
     plain.build().save_pretrained(folder / "model")
     plain.build(tie_word_embeddings=True).save_pretrained(folder / "tied")
+    plain.build(vocab_size=len(byte_tokenizer)).save_pretrained(folder / "launched")
+    byte_tokenizer.save_pretrained(folder / "launched")
+    (folder / "text.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(40)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = [str(Path(package.__file__).parents[1]) for package in (ebft_kernels, ebft_trainer)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *sys.path]), "OMP_NUM_THREADS": "1"}
@@ -131,3 +137,18 @@ def test_a_run_on_two_ranks_that_is_resumed_is_bitwise_the_uninterrupted_one(fol
     record = of_rank(folder, name)
     whole, again = ([line["loss"] for line in record[part]["log"] if "loss" in line] for part in ("whole", "resumed"))
     assert len(whole) == 4 and whole == again
+
+
+def test_the_fsdp2_example_trains_evaluates_and_saves_a_whole_model(folder):
+    """Under mixed precision, with the feature network sharded too."""
+    record, run = of_rank(folder, "launched"), folder / "launched-run"
+    assert record == {"kind": "FSDP", "precision": "bf16"}
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint-2", "ebft.json", "model", "results.json"]
+    results = json.loads((run / "results.json").read_text())
+    assert math.isfinite(results["before"]["eval_loss"]) and math.isfinite(results["after"]["eval_loss"])
+    assert [line["nonfinite_steps"] for line in results["log"] if "loss" in line] == [0, 0]
+    # Sampled and scored under the same weights and the same rounding.
+    assert all(line["log_prob_gap"] < 0.05 for line in results["log"] if "loss" in line)
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "launched", run / "model"))
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(changed)
