@@ -195,6 +195,10 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model: expected a model folder or hub name, got {name!r}, which does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        expected = "files such as tokenizer.json beside the weights"
+        raise ValueError(f"model: no tokenizer can be loaded from {name!r}, expected {expected}: {error}") from None
+    try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)), tokenizer
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model: cannot load {name!r}: {error}") from None
@@ -231,7 +235,7 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
         "options": vars(options_of(config)),
         "rows": {name: getattr(arguments, name) for name in _ROW_OPTIONS},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
-        "lora": {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha},
+        "lora": None if arguments.lora_rank is None else {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha},
         "versions": _versions(),
     }
     if arguments.resume:

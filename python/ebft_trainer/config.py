@@ -123,6 +123,7 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
     logging_nan_inf_filter: bool = _option(False, "log an average of earlier losses in place of NaN")
     eval_rows: int = _option(64, "evaluate on this many rows, chosen once with eval_seed")
     eval_seed: int = _option(0, "seed of the evaluation's rows and rollouts, apart from the training seed")
+    pad_to_multiple_of: int = _option(1, "round the length of a batch up to a multiple, so that few shapes occur")
     shard_feature_network: bool = _option(False, "spread the frozen feature network over all ranks with FSDP2")
     max_nonfinite_steps: int = _option(5, "stop after so many steps in a row without a finite loss and gradient")
 
@@ -139,6 +140,7 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
         _check_int("eval_rows", self.eval_rows, 1)
         _check_int("eval_seed", self.eval_seed, 0)
         _check_int("max_nonfinite_steps", self.max_nonfinite_steps, 1)
+        _check_int("pad_to_multiple_of", self.pad_to_multiple_of, 1)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True: completion_mask would be dropped")
         if self.label_smoothing_factor:

@@ -50,18 +50,21 @@ class EBFTCollator:
     ``completion_mask`` [B, P] bool and ``document_ids`` [B, P] (-1 on padding). The layout is built here because
     that reads values: on the CPU, where it costs no host synchronisation, and in the data loader's workers.
 
+    With ``pad_to_multiple_of`` the length P of a batch is rounded up to a multiple, so that few shapes occur.
+
     Raises:
         ValueError: no row of a batch has room for an anchor; a mask that does not fit its row.
     """
 
-    def __init__(self, options: EBFTOptions, *, pad_token_id: int = 0) -> None:
+    def __init__(self, options: EBFTOptions, *, pad_token_id: int = 0, pad_to_multiple_of: int = 1) -> None:
         self.geometry = {name: getattr(options, name) for name in ("context", "stride", "horizon", "samples")}
         self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         ids = [_unpadded(row) for row in rows]
         lengths = torch.tensor([len(x) for x in ids])
-        length = int(lengths.max())
+        length = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         batch: dict[str, Any] = {
             "input_ids": _pad(ids, length, self.pad_token_id),
             "attention_mask": (torch.arange(length) < lengths[:, None]).long(),

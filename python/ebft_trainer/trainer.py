@@ -104,7 +104,9 @@ class EBFTTrainer(Trainer):
         output_head(model)
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
-            data_collator = EBFTCollator(args, pad_token_id=0 if pad is None else pad)
+            data_collator = EBFTCollator(
+                args, pad_token_id=0 if pad is None else pad, pad_to_multiple_of=args.pad_to_multiple_of
+            )
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
             _check_rows(name, dataset, data_collator)

@@ -176,6 +176,18 @@ def launched(folder: Path) -> dict[str, Any]:
     return {"kind": AcceleratorState().distributed_type.value, "precision": AcceleratorState().mixed_precision}
 
 
+def refused(folder: Path) -> dict[str, Any]:
+    """What is said where accelerate would not shard and say nothing."""
+    policy = AutoModelForCausalLM.from_pretrained(folder / "model")
+    settings = config(folder, **FSDP)
+    pretend(DistributedType.MULTI_CPU)
+    try:
+        EBFTTrainer(policy, settings, train_dataset=rows())
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": train,
     "evaluated": evaluated,
@@ -197,6 +209,7 @@ FSDP_CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fsdp_resumed": lambda folder: resumed(folder, **FSDP),
     "fsdp_sharded_features": lambda folder: train(folder, shard_feature_network=True, **FSDP),
     "launched": launched,
+    "refused": refused,
 }
 
 

@@ -152,3 +152,8 @@ def test_the_fsdp2_example_trains_evaluates_and_saves_a_whole_model(folder):
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "launched", run / "model"))
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert all(changed)
+
+
+def test_fsdp_where_accelerate_does_not_shard_is_refused(folder):
+    for rank in (0, 1):
+        assert of_rank(folder, "refused", rank)["error"].startswith("fsdp: accelerate does not shard on cpu")

@@ -271,3 +271,11 @@ def test_too_many_steps_in_a_row_end_the_run_with_a_saved_state(trainer, tmp_pat
     resumed = trainer([again := Weights()], max_steps=7, gradient_accumulation_steps=2)
     resumed.train(resume_from_checkpoint=True)
     assert len(again.after) == 1 and all(value.isfinite().all() for value in again.after[0].values())
+
+
+def test_a_step_that_cannot_be_skipped_ends_the_run(trainer):
+    run = trainer()
+    run.is_deepspeed_enabled = True
+    run._nonfinite_losses = [torch.tensor(False), torch.tensor(True)]
+    with pytest.raises(FloatingPointError, match="loss: expected finite numbers, got others in step 0"):
+        run._end_gradient(run.model)
