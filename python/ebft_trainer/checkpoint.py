@@ -37,8 +37,13 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 def start_unfinished(run: Path) -> None:
     """An empty folder for what is about to be written; an earlier attempt that was interrupted is deleted."""
-    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+    discard_unfinished(run)
     (run / UNFINISHED).mkdir(parents=True, exist_ok=True)
+
+
+def discard_unfinished(run: Path) -> None:
+    """Delete what was not finished, and free its space."""
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 
 def publish(run: Path, name: str) -> None:
@@ -48,7 +53,7 @@ def publish(run: Path, name: str) -> None:
     _retire(run / name)
     finished.rename(run / name)
     _flush(run)
-    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+    discard_unfinished(run)
 
 
 def keep_newest(run: Path, limit: int | None, *protected: str | None) -> None:
@@ -60,7 +65,7 @@ def keep_newest(run: Path, limit: int | None, *protected: str | None) -> None:
     surplus = len(checkpoints) - max(limit, len(kept))
     for folder in [folder for folder in checkpoints if folder not in kept][: max(surplus, 0)]:
         _retire(folder)
-    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+    discard_unfinished(run)
 
 
 def check_whole(folder: str | os.PathLike[str]) -> None:
@@ -110,15 +115,11 @@ def _write_manifest(folder: Path) -> None:
 def _retire(folder: Path) -> None:
     """Delete a checkpoint so that at no moment half of one bears its name."""
     if folder.exists():
+        (folder.parent / UNFINISHED).mkdir(exist_ok=True)
         # Beside what `_unfinished` may hold under the same name.
-        aside = Path(tempfile.mkdtemp(dir=_made(folder.parent / UNFINISHED)))
+        aside = Path(tempfile.mkdtemp(dir=folder.parent / UNFINISHED))
         folder.rename(aside / folder.name)
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def _digest(path: Path) -> str:
