@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -326,11 +327,12 @@ class EBFTTrainer(Trainer):
                 publish(run, name)
                 keep_newest(run, self.args.save_total_limit, str(run / name), self.state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
+            free, last = shutil.disk_usage(run).free, get_last_checkpoint(str(run))
             if self.args.should_save:
                 discard_unfinished(run)
             raise CheckpointError(
-                f"output_dir: cannot write {name} to {str(run)!r}: {error}; the last whole checkpoint is "
-                f"{get_last_checkpoint(str(run)) if run.is_dir() else None}"
+                f"output_dir: cannot write {name} to {str(run)!r}, where {free / 1e9:.3g} GB are free: {error}; the last "
+                f"whole checkpoint is {last}"
             ) from error
         finally:
             self._saving = False

@@ -315,10 +315,12 @@ def test_a_head_that_is_not_run_once_is_refused(tiny, layout, tokens):
             self.module(**kwargs)
             return self.module(**kwargs)
 
-    with pytest.raises(RuntimeError, match="llama: expected one call of its vocabulary head, saw 2"):
-        apply_head(Twice(tiny.build("llama")), tokens, layout, lambda hidden, _head: (hidden,))
+    model = tiny.build("llama")
     with pytest.raises(ValueError, match="llama: expected one call of its vocabulary head, saw 2"):
-        output_head(Twice(tiny.build("llama")))
+        output_head(Twice(model))
+    output_head(model)
+    with pytest.raises(RuntimeError, match="llama: expected one call of its vocabulary head, saw 2"):
+        apply_head(Twice(model), tokens, layout, lambda hidden, _head: (hidden,))
 
 
 def test_a_head_that_does_more_is_refused(tiny):

@@ -114,8 +114,16 @@ def test_an_adapter_on_the_head_is_refused_at_set_up(plain, config):
 
 
 def test_a_quantized_head_is_refused_at_set_up(plain, config):
+    class Quantized(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(61, 32, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, hidden):
+            return hidden @ self.weight.to(hidden.dtype).mT
+
     model = plain.build()
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros(61, 32, dtype=torch.uint8), requires_grad=False)
+    model.lm_head = Quantized()
     with pytest.raises(ValueError, match=r"llama: its vocabulary head is quantized \(torch.uint8\)"):
         EBFTTrainer(model, config(), train_dataset=ROWS)
 
