@@ -84,7 +84,9 @@ def head_form(model: nn.Module) -> tuple[float, float | None]:
 def head_module(base: PreTrainedModel) -> nn.Module:
     """The module that multiplies with the head's weight; raises ValueError if there is more to it than that."""
     head = _active_module(base.get_output_embeddings())
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor) or head.weight.ndim != 2:
+    weight = getattr(head, "weight", None)
+    # ZeRO-3 leaves an empty tensor behind, and the shape beside it, while the weight is spread over the ranks.
+    if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
         raise ValueError(
             f"{_architecture(base)}: no vocabulary head with one weight matrix found, got {type(head).__name__}"
         )

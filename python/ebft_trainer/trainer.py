@@ -331,8 +331,8 @@ class EBFTTrainer(Trainer):
             if self.args.should_save:
                 discard_unfinished(run)
             raise CheckpointError(
-                f"output_dir: cannot write {name} to {str(run)!r} with {free / 1e9:.3g} GB free: {error}; the last whole "
-                f"checkpoint is {last}"
+                f"output_dir: cannot write {name} to {str(run)!r} with {free / 1e9:.3g} GB free: {error}; the last "
+                f"whole checkpoint is {last}"
             ) from error
         finally:
             self._saving = False

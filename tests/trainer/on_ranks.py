@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import math
 import os
@@ -28,12 +30,15 @@ from ebft_trainer import EBFTConfig, EBFTTrainer, cli
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0))
 
-FSDP2_EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "fsdp2.yaml"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 GEOMETRY = {"context": 4, "stride": 6, "horizon": 3, "samples": 3}
 # Greedy rollouts, so that the division of the random numbers among ranks does not matter.
 GREEDY = {"temperature": 0.0, "estimator": "reinforce", "ce_coef": 0.5}
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.1}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -63,6 +68,10 @@ def plain_name(name: str) -> str:
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
+    """Of what FSDP2 or ZeRO-3 has spread over the ranks."""
+    if hasattr(x, "ds_shape"):
+        with importlib.import_module("deepspeed").zero.GatheredParameters(x):
+            return x.detach().clone()
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -83,7 +92,8 @@ def config(folder: Path, rows_per_step: int = 4, accumulate: int = 1, **options:
         "dataloader_pin_memory": False,
     }
     AcceleratorState._reset_state()
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):
+        os.environ.pop(name, None)
     made = EBFTConfig(**(GEOMETRY | GREEDY | usual | options))
     assert made.device.type == "cpu"
     if RANKS > 1:
@@ -97,7 +107,7 @@ def pretend(kind: DistributedType) -> None:
 
 
 def record(trainer: EBFTTrainer, recorder: Recorder) -> dict[str, Any]:
-    weights = {plain_name(name): whole(p.detach()).clone() for name, p in trainer.model.named_parameters()}
+    weights = {plain_name(name): whole(p).detach().clone() for name, p in trainer.model.named_parameters()}
     return {
         "gradients": recorder.gradients,
         "weights": weights,
@@ -116,6 +126,13 @@ def train(folder: Path, model: str = "model", adapters: bool = False, **options:
     trainer = EBFTTrainer(policy, config(folder, **options), train_dataset=rows(), callbacks=[recorder])
     trainer.train()
     return record(trainer, recorder)
+
+
+def zero(folder: Path, stage: int) -> dict[str, Any]:
+    """The DeepSpeed example, with an optimizer whose steps are no larger than its gradients."""
+    settings = json.loads((EXAMPLES / "deepspeed_zero3.json").read_text())
+    settings["zero_optimization"]["stage"] = stage
+    return train(folder, deepspeed=settings, **SGD)
 
 
 def evaluated(folder: Path) -> dict[str, Any]:
@@ -159,7 +176,9 @@ def resumed(folder: Path, **options: Any) -> dict[str, Any]:
 def launched(folder: Path) -> dict[str, Any]:
     """`ebft-train` under the settings that `accelerate launch` makes of the example."""
     parser = launch_command_parser()
-    arguments = parser.parse_args(["--config_file", str(FSDP2_EXAMPLE), f"--num_processes={RANKS}", "ebft-train"])
+    arguments = parser.parse_args(
+        ["--config_file", str(EXAMPLES / "fsdp2.yaml"), f"--num_processes={RANKS}", "ebft-train"]
+    )
     settings = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
     AcceleratorState._reset_state()
     os.environ.update({name: value for name, value in settings.items() if name.startswith(("ACCELERATE", "FSDP"))})
@@ -190,6 +209,7 @@ def refused(folder: Path) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": train,
+    "sgd": lambda folder: train(folder, **SGD),
     "evaluated": evaluated,
     "accumulated": lambda folder: train(folder, accumulate=2),
     "cross_entropy": lambda folder: train(folder, rl_coef=0.0),
@@ -213,10 +233,20 @@ FSDP_CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+ZERO_CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "zero2": lambda folder: zero(folder, 2),
+    "zero3": lambda folder: zero(folder, 3),
+}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    for name, case in (CASES | FSDP_CASES).items():
+    cases = CASES | FSDP_CASES
+    if importlib.util.find_spec("deepspeed") is not None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        cases |= ZERO_CASES
+    for name, case in cases.items():
         torch.save(case(folder), folder / f"{name}-{RANK}.pt")
 
 

@@ -157,3 +157,14 @@ def test_the_fsdp2_example_trains_evaluates_and_saves_a_whole_model(folder):
 def test_fsdp_where_accelerate_does_not_shard_is_refused(folder):
     for rank in (0, 1):
         assert of_rank(folder, "refused", rank)["error"].startswith("fsdp: accelerate does not shard on cpu")
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_deepspeed(folder, one_rank, name):
+    """DeepSpeed is large and optional; without it the test cannot run."""
+    pytest.importorskip("deepspeed")
+    expected, both = one_rank("sgd"), [of_rank(folder, name, rank) for rank in (0, 1)]
+    assert both[0]["kind"] == "DeepSpeedEngine"
+    assert_same(both[0]["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+    assert_same(both[1]["weights"], both[0]["weights"], rtol=0, atol=0)
+    assert_same_log(both[0]["log"], expected["log"])
