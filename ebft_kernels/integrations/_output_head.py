@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from ._models import base_model, decoder_of, last_hidden
+from ._models import architecture_of, base_model, decoder_of, last_hidden
 
 
 class OutputHead(NamedTuple):
@@ -75,7 +75,7 @@ def head_form(model: nn.Module) -> tuple[float, float | None]:
                 break
         else:
             raise ValueError(
-                f"{_architecture(base)}: its logits are not softcap * tanh(scale * (hidden @ weight.T + bias) / "
+                f"{architecture_of(base)}: its logits are not softcap * tanh(scale * (hidden @ weight.T + bias) / "
                 "softcap) for any scale and softcap that its config names"
             )
     return _verified[base]
@@ -88,12 +88,12 @@ def head_module(base: PreTrainedModel) -> nn.Module:
     # ZeRO-3 leaves an empty tensor behind, and the shape beside it, while the weight is spread over the ranks.
     if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
         raise ValueError(
-            f"{_architecture(base)}: no vocabulary head with one weight matrix found, got {type(head).__name__}"
+            f"{architecture_of(base)}: no vocabulary head with one weight matrix found, got {type(head).__name__}"
         )
     if not head.weight.is_floating_point():
-        raise ValueError(f"{_architecture(base)}: its vocabulary head is quantized ({head.weight.dtype})")
+        raise ValueError(f"{architecture_of(base)}: its vocabulary head is quantized ({head.weight.dtype})")
     if hasattr(head, "base_layer"):
-        raise ValueError(f"{_architecture(base)}: its vocabulary head is a PEFT adapter layer, not one weight matrix")
+        raise ValueError(f"{architecture_of(base)}: its vocabulary head is a PEFT adapter layer, not one weight matrix")
     return head
 
 
@@ -131,11 +131,7 @@ def _head_of(module: nn.Module, form: tuple[float, float | None]) -> OutputHead:
 
 def _refuse_sharded(base: PreTrainedModel, module: nn.Module) -> None:
     if isinstance(module.weight, DTensor):
-        raise ValueError(f"{_architecture(base)}: its vocabulary head is sharded over ranks; see apply_head")
-
-
-def _architecture(base: PreTrainedModel) -> str:
-    return getattr(base.config, "model_type", type(base).__name__)
+        raise ValueError(f"{architecture_of(base)}: its vocabulary head is sharded over ranks; see apply_head")
 
 
 def _active_module(head: Any) -> Any:
@@ -183,7 +179,7 @@ def _own_logits(model: nn.Module, forms: Sequence[tuple[float, float | None]]) -
             module.training = training
     if len(found) != len(forms):
         calls = len(found) // len(forms)
-        raise ValueError(f"{_architecture(base)}: expected one call of its vocabulary head, saw {calls}")
+        raise ValueError(f"{architecture_of(base)}: expected one call of its vocabulary head, saw {calls}")
     return logits, found
 
 

@@ -34,7 +34,7 @@ class FeatureNetwork(nn.Module):
     A plain model is copied as it is now: its embeddings and the layers up to the deepest one asked for. A PEFT model is
     shared instead, and its adapters are switched off for each forward (its base weights do not change in training;
     that holds for adapters only, not for trained biases). Sharing is not meant for ``torch.compile``, which a forward
-    that stops early leaves no chance to clean up; under FSDP2 a shared network runs to the end.
+    that stops early leaves no chance to clean up; under FSDP2 and ZeRO-3 a shared network runs to the end.
 
     Hidden states are pooled layer by layer as they appear, so that none outlives its layer. With ``normalize="joint"``
     that takes ``pooling="last_token"``: the norm of a token over all layers is only known at the end, and a
@@ -164,8 +164,8 @@ class FeatureNetwork(nn.Module):
         handles = []
         blocks = decoder_layers(model)
         wanted, deepest = set(self.layers), max(self.layers)
-        # FSDP2 cleans up at the end of the forward.
-        stops_early = not isinstance(model, FSDPModule)
+        # FSDP2 and ZeRO-3 clean up at the end of the forward.
+        stops_early = not (isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters()))
 
         def tap(layer: int, hidden: Tensor) -> None:
             take(layer, hidden)

@@ -128,11 +128,11 @@ def train(folder: Path, model: str = "model", adapters: bool = False, **options:
     return record(trainer, recorder)
 
 
-def zero(folder: Path, stage: int) -> dict[str, Any]:
+def zero(folder: Path, stage: int, **options: Any) -> dict[str, Any]:
     """The DeepSpeed example, with an optimizer whose steps are no larger than its gradients."""
     settings = json.loads((EXAMPLES / "deepspeed_zero3.json").read_text())
     settings["zero_optimization"]["stage"] = stage
-    return train(folder, deepspeed=settings, **SGD)
+    return train(folder, deepspeed=settings, **SGD, **options)
 
 
 def evaluated(folder: Path) -> dict[str, Any]:
@@ -210,6 +210,7 @@ def refused(folder: Path) -> dict[str, Any]:
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "plain": train,
     "sgd": lambda folder: train(folder, **SGD),
+    "sgd_lora": lambda folder: train(folder, adapters=True, **SGD),
     "evaluated": evaluated,
     "accumulated": lambda folder: train(folder, accumulate=2),
     "cross_entropy": lambda folder: train(folder, rl_coef=0.0),
@@ -236,6 +237,7 @@ FSDP_CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
 ZERO_CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "zero2": lambda folder: zero(folder, 2),
     "zero3": lambda folder: zero(folder, 3),
+    "zero3_lora": lambda folder: zero(folder, 3, adapters=True),
 }
 
 

@@ -159,11 +159,11 @@ def test_fsdp_where_accelerate_does_not_shard_is_refused(folder):
         assert of_rank(folder, "refused", rank)["error"].startswith("fsdp: accelerate does not shard on cpu")
 
 
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_deepspeed(folder, one_rank, name):
+@pytest.mark.parametrize(("name", "reference"), [("zero2", "sgd"), ("zero3", "sgd"), ("zero3_lora", "sgd_lora")])
+def test_deepspeed(folder, one_rank, name, reference):
     """DeepSpeed is large and optional; without it the test cannot run."""
     pytest.importorskip("deepspeed")
-    expected, both = one_rank("sgd"), [of_rank(folder, name, rank) for rank in (0, 1)]
+    expected, both = one_rank(reference), [of_rank(folder, name, rank) for rank in (0, 1)]
     assert both[0]["kind"] == "DeepSpeedEngine"
     assert_same(both[0]["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
     assert_same(both[1]["weights"], both[0]["weights"], rtol=0, atol=0)
