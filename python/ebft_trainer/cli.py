@@ -394,7 +394,9 @@ def _recorded_model(model: Path) -> str | None:
 def _save_model(trainer: EBFTTrainer, folder: Path) -> None:
     """Model and tokenizer, under a temporary name until they are complete."""
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
         shutil.rmtree(folder, ignore_errors=True)
