@@ -97,8 +97,8 @@ class EBFTTrainer(Trainer):
             optimizers: as for `Trainer`.
 
         Raises:
-            ValueError: the model cannot be run on strided rows; a row has no room for a rollout; one process is to
-                drive several devices.
+            ValueError: the model cannot be run on strided rows, or ZeRO-3 has spread its weights already; a row has no
+                room for a rollout; one process is to drive several devices; accelerate would not shard.
             TypeError: ``args`` is not an `EBFTConfig`.
             CheckpointError: nothing can be written to ``args.output_dir``.
         """
@@ -110,6 +110,11 @@ class EBFTTrainer(Trainer):
             )
         # Without the autocast of an earlier trainer, which would round the logits that the two checks compare.
         model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "model: expected whole weights, got some that ZeRO-3 has spread over the ranks already; load the model "
+                "before the EBFTConfig with its DeepSpeed settings is made"
+            )
         check_model(model).require()
         output_head(model)
         if data_collator is None:

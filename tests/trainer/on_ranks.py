@@ -24,6 +24,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ebft_trainer import EBFTConfig, EBFTTrainer, cli
 
@@ -130,6 +131,8 @@ def train(folder: Path, model: str = "model", adapters: bool = False, **options:
 
 def zero(folder: Path, stage: int, **options: Any) -> dict[str, Any]:
     """The DeepSpeed example, with an optimizer whose steps are no larger than its gradients."""
+    # While settings of ZeRO-3 are about, transformers spreads every model that it loads.
+    unset_hf_deepspeed_config()
     settings = json.loads((EXAMPLES / "deepspeed_zero3.json").read_text())
     settings["zero_optimization"]["stage"] = stage
     return train(folder, deepspeed=settings, **SGD, **options)

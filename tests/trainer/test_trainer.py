@@ -428,6 +428,13 @@ def test_a_model_that_cannot_be_run_strided_is_refused(plain, config):
         EBFTTrainer(model, config(), train_dataset=ROWS)
 
 
+def test_a_model_that_is_spread_already_is_refused(plain, config):
+    model = plain.build()
+    model.lm_head.weight.ds_id = 0
+    with pytest.raises(ValueError, match="model: expected whole weights, got some that ZeRO-3 has spread"):
+        EBFTTrainer(model, config(), train_dataset=ROWS)
+
+
 def test_other_arguments_are_refused(plain, config, tmp_path):
     with pytest.raises(TypeError, match="args: expected an EBFTConfig, got TrainingArguments"):
         EBFTTrainer(plain.build(), TrainingArguments(output_dir=str(tmp_path)), train_dataset=ROWS)
