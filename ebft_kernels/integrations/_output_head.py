@@ -99,9 +99,14 @@ def head_module(base: PreTrainedModel) -> nn.Module:
 
 @contextmanager
 def in_place_of_head(
-    model: nn.Module, form: tuple[float, float | None], function: Callable[[Tensor, OutputHead], Tensor | None]
+    model: nn.Module,
+    form: tuple[float, float | None],
+    function: Callable[[Tensor, OutputHead], Tensor | None],
+    done: Callable[[Tensor], None] = lambda _logits: None,
 ) -> Iterator[None]:
     """Call ``function(hidden [B, S, C], head)`` whenever the head runs; a tensor that it returns becomes the logits.
+
+    ``done`` is given what the wrapper's hooks have made of the logits.
 
     The call comes while the head's module runs: what wraps the model (FSDP2, ZeRO-3) has gathered its weight for
     that time, and what takes the place of the logits tells the wrapper when their gradient comes back.
@@ -117,6 +122,7 @@ def in_place_of_head(
         decoder_of(base).register_forward_hook(lambda _module, _args, output: hidden.append(last_hidden(output))),
         # Before the wrapper's own hooks, which free the gathered weight.
         head_module(base).register_forward_hook(call, prepend=True),
+        head_module(base).register_forward_hook(lambda _module, _args, logits: done(logits)),
     )
     try:
         yield

@@ -199,19 +199,25 @@ def apply_head(
         ValueError, TypeError: as :func:`hidden_states`; the head is not of the form of :class:`OutputHead`.
     """
     results: list[tuple[Tensor, ...]] = []
+    joined: Tensor | None = None
 
     def call(hidden: Tensor, head: OutputHead) -> Tensor | None:
-        parts = function(hidden, head)
-        if not any(part.requires_grad for part in parts):
-            results.append(parts)
-            return None
-        # In one tensor, whatever the model goes on to do with its logits.
-        joined = torch.cat([part.flatten() for part in parts])
-        pieces = joined.split([part.numel() for part in parts])
-        results.append(tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)))
+        nonlocal joined
+        results.append(function(hidden, head))
+        if any(part.requires_grad for part in results[-1]):
+            # In one tensor, whatever the model goes on to do with its logits.
+            joined = torch.cat([part.flatten() for part in results[-1]])
         return joined
 
-    with in_place_of_head(model, head_form(model), call):
+    def done(logits: Tensor) -> None:
+        if joined is None:
+            return
+        # ZeRO-3 waits for the gradient of what it returns, FSDP2 for that of what it was given and may have cast.
+        whole = logits if logits.dtype == joined.dtype else joined
+        pieces = whole.split([part.numel() for part in results[-1]])
+        results[-1] = tuple(piece.view_as(part) for piece, part in zip(pieces, results[-1], strict=True))
+
+    with in_place_of_head(model, head_form(model), call, done):
         _run(model, input_ids, layout, cache, step)
     if len(results) != 1:
         raise RuntimeError(f"{facts(model).architecture}: expected one call of its vocabulary head, saw {len(results)}")

@@ -165,6 +165,7 @@ def test_deepspeed(folder, one_rank, name, reference):
     pytest.importorskip("deepspeed")
     expected, both = one_rank(reference), [of_rank(folder, name, rank) for rank in (0, 1)]
     assert both[0]["kind"] == "DeepSpeedEngine"
-    assert_same(both[0]["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+    # Two steps of a tenth of a gradient that is summed in another order.
+    assert_same(both[0]["weights"], expected["weights"], rtol=1e-5, atol=1e-5)
     assert_same(both[1]["weights"], both[0]["weights"], rtol=0, atol=0)
     assert_same_log(both[0]["log"], expected["log"])
