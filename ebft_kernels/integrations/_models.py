@@ -53,7 +53,7 @@ def base_model(model: nn.Module) -> PreTrainedModel:
         if hasattr(inner, "get_base_model"):
             if any(getattr(adapter, "is_prompt_learning", False) for adapter in inner.peft_config.values()):
                 raise ValueError(
-                    f"{_architecture(inner.get_base_model())}: PEFT prompt learning puts virtual tokens in front of "
+                    f"{architecture_of(inner.get_base_model())}: PEFT prompt learning puts virtual tokens in front of "
                     "the input, which packed rows have no place for"
                 )
             inner = inner.get_base_model()
@@ -88,7 +88,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         if len(child) == expected:
             return child
     raise ValueError(
-        f"{_architecture(base)}: no list of its {expected} decoder blocks found in {type(decoder).__name__}; "
+        f"{architecture_of(base)}: no list of its {expected} decoder blocks found in {type(decoder).__name__}; "
         f"it has lists of {[len(child) for child in lists]}"
     )
 
@@ -116,7 +116,7 @@ def _find_facts(base: PreTrainedModel) -> ModelFacts:
             configs.setdefault(id(own), own)
     parameters = inspect.signature(base.forward).parameters
     return ModelFacts(
-        architecture=_architecture(base),
+        architecture=architecture_of(base),
         config=config,
         configs=tuple(configs.values()),
         windowed=_windowed_layers(config),
@@ -126,7 +126,8 @@ def _find_facts(base: PreTrainedModel) -> ModelFacts:
     )
 
 
-def _architecture(base: nn.Module) -> str:
+def architecture_of(base: nn.Module) -> str:
+    """The config's ``model_type``, for messages."""
     return getattr(base.config, "model_type", None) or type(base).__name__
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -11,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from ._models import base_model, decoder_of, last_hidden
+from ._models import architecture_of, base_model, decoder_of, last_hidden
 
 
 class OutputHead(NamedTuple):
@@ -40,7 +42,7 @@ class OutputHead(NamedTuple):
         return logits
 
 
-# Model -> (scale, softcap) that were seen to give its logits. The weight is looked up anew each time.
+# Model -> (scale, softcap) that were seen to give its logits.
 _verified: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
 
 
@@ -52,31 +54,90 @@ def output_head(model: nn.Module) -> OutputHead:
 
     Raises:
         ValueError: the head is not of this form (the message names the architecture); use the model's own forward then.
+            Or its weight is sharded over ranks, and whole only while the model runs (``apply_head``).
         TypeError: ``model`` holds no transformers model.
     """
     base = base_model(model)
-    architecture = getattr(base.config, "model_type", type(base).__name__)
-    head = _active_module(base.get_output_embeddings())
-    if head is None or not isinstance(getattr(head, "weight", None), Tensor) or head.weight.ndim != 2:
-        raise ValueError(f"{architecture}: no vocabulary head with one weight matrix found, got {type(head).__name__}")
-    if hasattr(head, "base_layer"):
-        raise ValueError(f"{architecture}: its vocabulary head is a PEFT adapter layer, not one weight matrix")
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if isinstance(weight, DTensor):
-        raise ValueError(f"{architecture}: its vocabulary head is sharded over ranks; use the model's own forward")
+    _refuse_sharded(base, head_module(base))
+    form = head_form(model)
+    return _head_of(head_module(base), form)
+
+
+def head_form(model: nn.Module) -> tuple[float, float | None]:
+    """Scale and soft cap of the head; raises as :func:`output_head`, but for a sharded weight."""
+    base = base_model(model)
     if base not in _verified:
-        hidden, logits = _own_logits(model)
-        for scale, softcap in _candidates(base.config, decoder_of(base).config):
-            found = OutputHead(weight, bias, scale, softcap)
-            if _agree(found, hidden, logits):
-                _verified[base] = scale, softcap
+        candidates = list(_candidates(base.config, decoder_of(base).config))
+        logits, found = _own_logits(model, candidates)
+        for form, own in zip(candidates, found, strict=True):
+            if _agree(own, logits, head_module(base).weight.dtype):
+                _verified[base] = form
                 break
         else:
             raise ValueError(
-                f"{architecture}: its logits are not softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) for "
-                "any scale and softcap that its config names"
+                f"{architecture_of(base)}: its logits are not softcap * tanh(scale * (hidden @ weight.T + bias) / "
+                "softcap) for any scale and softcap that its config names"
             )
-    return OutputHead(weight, bias, *_verified[base])
+    return _verified[base]
+
+
+def head_module(base: PreTrainedModel) -> nn.Module:
+    """The module that multiplies with the head's weight; raises ValueError if there is more to it than that."""
+    head = _active_module(base.get_output_embeddings())
+    weight = getattr(head, "weight", None)
+    # ZeRO-3 leaves an empty tensor behind, and the shape beside it, while the weight is spread over the ranks.
+    if not isinstance(weight, Tensor) or len(getattr(weight, "ds_shape", weight.shape)) != 2:
+        raise ValueError(
+            f"{architecture_of(base)}: no vocabulary head with one weight matrix found, got {type(head).__name__}"
+        )
+    if not head.weight.is_floating_point():
+        raise ValueError(f"{architecture_of(base)}: its vocabulary head is quantized ({head.weight.dtype})")
+    if hasattr(head, "base_layer"):
+        raise ValueError(f"{architecture_of(base)}: its vocabulary head is a PEFT adapter layer, not one weight matrix")
+    return head
+
+
+@contextmanager
+def in_place_of_head(
+    model: nn.Module,
+    form: tuple[float, float | None],
+    function: Callable[[Tensor, OutputHead], Tensor | None],
+    done: Callable[[Tensor], None] = lambda _logits: None,
+) -> Iterator[None]:
+    """Call ``function(hidden [B, S, C], head)`` whenever the head runs; a tensor that it returns becomes the logits.
+
+    ``done`` is given what the wrapper's hooks have made of the logits.
+
+    The call comes while the head's module runs: what wraps the model (FSDP2, ZeRO-3) has gathered its weight for
+    that time, and what takes the place of the logits tells the wrapper when their gradient comes back.
+    """
+    base = base_model(model)
+    hidden: list[Tensor] = []
+
+    def call(module: nn.Module, _args: tuple[Any, ...], _logits: Tensor) -> Tensor | None:
+        _refuse_sharded(base, module)
+        return function(hidden.pop(), _head_of(module, form))
+
+    handles = (
+        decoder_of(base).register_forward_hook(lambda _module, _args, output: hidden.append(last_hidden(output))),
+        # Before the wrapper's own hooks, which free the gathered weight.
+        head_module(base).register_forward_hook(call, prepend=True),
+        head_module(base).register_forward_hook(lambda _module, _args, logits: done(logits)),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _head_of(module: nn.Module, form: tuple[float, float | None]) -> OutputHead:
+    return OutputHead(module.weight, getattr(module, "bias", None), *form)
+
+
+def _refuse_sharded(base: PreTrainedModel, module: nn.Module) -> None:
+    if isinstance(module.weight, DTensor):
+        raise ValueError(f"{architecture_of(base)}: its vocabulary head is sharded over ranks; see apply_head")
 
 
 def _active_module(head: Any) -> Any:
@@ -104,29 +165,33 @@ def _candidates(*configs: Any) -> Iterator[tuple[float, float | None]]:
 
 
 @torch.no_grad()
-def _own_logits(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Last hidden state [1, 5, C] and logits [1, 5, V] of the model on a short input, attention as it is set."""
+def _own_logits(model: nn.Module, forms: Sequence[tuple[float, float | None]]) -> tuple[Tensor, list[Tensor]]:
+    """Logits [1, 5, V] of the model on a short input, attention as it is set, and those of a head of each form."""
     base = base_model(model)
-    weight = base.get_input_embeddings().weight
-    tokens = torch.arange(1, 6, device=weight.device)[None] % weight.shape[0]
-    captured: list[Tensor] = []
-    handle = decoder_of(base).register_forward_hook(lambda _m, _a, output: captured.append(last_hidden(output)))
+    found: list[Tensor] = []
+
+    def compute(hidden: Tensor, head: OutputHead) -> None:
+        found.extend(head._replace(scale=scale, softcap=softcap).logits(hidden) for scale, softcap in forms)
+
+    embeddings = base.get_input_embeddings()
+    tokens = torch.arange(1, 6, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        logits = model(input_ids=tokens, use_cache=False).logits
+        with in_place_of_head(model, forms[0], compute):
+            logits = model(input_ids=tokens, use_cache=False).logits
     finally:
-        handle.remove()
         for module, training in modes:
             module.training = training
-    return captured[0], logits
+    if len(found) != len(forms):
+        calls = len(found) // len(forms)
+        raise ValueError(f"{architecture_of(base)}: expected one call of its vocabulary head, saw {calls}")
+    return logits, found
 
 
-@torch.no_grad()
-def _agree(head: OutputHead, hidden: Tensor, logits: Tensor) -> bool:
-    own = head.logits(hidden)
+def _agree(own: Tensor, logits: Tensor, dtype: torch.dtype) -> bool:
     if own.shape != logits.shape:
         return False
     # Both come from one matrix product in one dtype and differ by a few roundings; a wrong scale or cap by far more.
-    tolerance = 8 * torch.finfo(head.weight.dtype).eps * logits.abs().max()
+    tolerance = 8 * torch.finfo(dtype).eps * logits.abs().max()
     return bool((own.float() - logits.float()).abs().max() <= tolerance)

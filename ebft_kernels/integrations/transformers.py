@@ -18,7 +18,7 @@ and rollouts are drawn step by step with a :class:`StridedCache`:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..layout import StridedLayout
 from . import _model_check
 from ._model_check import ModelSupport
 from ._models import ModelFacts, base_model, decoder_layers, decoder_of, facts, last_hidden
-from ._output_head import OutputHead, output_head
+from ._output_head import OutputHead, head_form, in_place_of_head, output_head
 from ._strided_attention import NAME, Selection, StridedCall, carrier_mask, register, row_mask
 from ._strided_cache import StridedCache
 
@@ -38,6 +38,7 @@ __all__ = [
     "ModelSupport",
     "OutputHead",
     "StridedCache",
+    "apply_head",
     "check_model",
     "decoder_layers",
     "hidden_states",
@@ -162,10 +163,7 @@ def hidden_states(
     decoder = decoder_of(base_model(model))
     handle = decoder.register_forward_hook(lambda _module, _args, output: captured.append(last_hidden(output)))
     try:
-        with strided_attention_context(model, layout, cache=cache, step=step) as kwargs:
-            if known.keeps_logits:
-                kwargs["logits_to_keep"] = 1
-            model(input_ids=input_ids, **kwargs)
+        _run(model, input_ids, layout, cache, step)
     finally:
         handle.remove()
     if len(captured) != 1:
@@ -173,6 +171,67 @@ def hidden_states(
             f"{known.architecture}: expected one call of its decoder {type(decoder).__name__}, saw {len(captured)}"
         )
     return captured[0]
+
+
+def apply_head(
+    model: nn.Module,
+    input_ids: Tensor,
+    layout: StridedLayout,
+    function: Callable[[Tensor, OutputHead], tuple[Tensor, ...]],
+    *,
+    cache: StridedCache | None = None,
+    step: int | None = None,
+) -> tuple[Tensor, ...]:
+    """One forward over packed rows with ``function(hidden, head)`` in the place of the vocabulary head.
+
+    ``hidden`` [B, S, C] is what :func:`hidden_states` gives, ``head`` the model's :class:`OutputHead`. The call comes
+    inside the model's forward, while the head's module runs, so that it is right under any wrapper: FSDP2 has gathered
+    the weight by then and takes care of its gradient.
+
+    Args:
+        model, input_ids, layout, cache, step: as for :func:`hidden_states`.
+        function: returns one or more tensors; those with gradient must all be of one dtype.
+
+    Returns:
+        What ``function`` returned.
+
+    Raises:
+        ValueError, TypeError: as :func:`hidden_states`; the head is not of the form of :class:`OutputHead`.
+    """
+    results: list[tuple[Tensor, ...]] = []
+    joined: Tensor | None = None
+
+    def call(hidden: Tensor, head: OutputHead) -> Tensor | None:
+        nonlocal joined
+        results.append(function(hidden, head))
+        if any(part.requires_grad for part in results[-1]):
+            # In one tensor, whatever the model goes on to do with its logits.
+            joined = torch.cat([part.flatten() for part in results[-1]])
+        return joined
+
+    def done(logits: Tensor) -> None:
+        if joined is None:
+            return
+        # ZeRO-3 waits for the gradient of what it returns, FSDP2 for that of what it was given and may have cast.
+        whole = logits if logits.dtype == joined.dtype else joined
+        pieces = whole.split([part.numel() for part in results[-1]])
+        results[-1] = tuple(piece.view_as(part) for piece, part in zip(pieces, results[-1], strict=True))
+
+    with in_place_of_head(model, head_form(model), call, done):
+        _run(model, input_ids, layout, cache, step)
+    if len(results) != 1:
+        raise RuntimeError(f"{facts(model).architecture}: expected one call of its vocabulary head, saw {len(results)}")
+    return results[0]
+
+
+def _run(
+    model: nn.Module, input_ids: Tensor, layout: StridedLayout, cache: StridedCache | None, step: int | None
+) -> None:
+    """A forward over packed rows whose logits nobody needs."""
+    with strided_attention_context(model, layout, cache=cache, step=step) as kwargs:
+        if facts(model).keeps_logits:
+            kwargs["logits_to_keep"] = 1
+        model(input_ids=input_ids, **kwargs)
 
 
 def check_model(model: nn.Module, *, training: bool = True) -> ModelSupport:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import platform
 import shutil
 import sys
@@ -22,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import ebft_kernels
 
 from . import demo
+from .checkpoint import CheckpointError
 from .cli_data import (
     ROW_OPTIONS,
     add_data_options,
@@ -58,6 +60,8 @@ _TRAINING: dict[str, type] = {
     "report_to": str,
     "bf16": bool,
     checkpointing_field(): bool,
+    "max_nonfinite_steps": int,
+    "shard_feature_network": bool,
 }
 _EVALUATION: dict[str, type] = {"per_device_eval_batch_size": int, "eval_rows": int, "eval_seed": int}
 
@@ -73,14 +77,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Bad input ends the process with exit code 2 and one line, before any work."""
+    """Run one command. Bad input ends the process with exit code 2 and one line, before any work.
+
+    A run that cannot go on (full disk, damaged checkpoint, numbers that are not finite) ends with code 1 and one line.
+    """
     arguments = _parser().parse_args(argv)
     try:
         work = arguments.prepare(arguments)
     except (ValueError, TypeError, OSError) as error:
         print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    work()
+    try:
+        work()
+    except (CheckpointError, FloatingPointError) as error:
+        print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--eval-steps", type=int, metavar="N", help="also evaluate every N steps; default: start and end"
     )
+    train.add_argument("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank, not the weights")
+    train.add_argument("--lora-alpha", type=float, metavar="X", help="scale of the adapters; default: twice the rank")
     _add_options(train, _TRAINING | _EVALUATION)
     train.set_defaults(prepare=prepare_train)
 
@@ -180,6 +193,10 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model: expected a model folder or hub name, got {name!r}, which does not exist")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        expected = "files such as tokenizer.json beside the weights"
+        raise ValueError(f"model: no tokenizer can be loaded from {name!r}, expected {expected}: {error}") from None
+    try:
         return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)), tokenizer
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"model: cannot load {name!r}: {error}") from None
@@ -191,6 +208,25 @@ def _model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if template is not None:
         tokenizer.chat_template = template
     return model, tokenizer
+
+
+def with_adapters(model: Any, rank: int | None, alpha: float | None = None) -> Any:
+    """A PEFT model with LoRA adapters on every linear layer but the head.
+
+    Raises:
+        ValueError: a rank below 1 or none, an alpha that is not above 0, or peft is not installed.
+    """
+    if rank is None or rank < 1:
+        raise ValueError(f"lora_rank: expected at least 1, got {rank}")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"lora_alpha: expected a number above 0, got {alpha}")
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise ValueError("lora_rank: needs the package peft, which is not installed") from None
+    alpha = 2 * rank if alpha is None else alpha
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
 
 
 def prepare_train(arguments: argparse.Namespace) -> Work:
@@ -206,6 +242,7 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
         "options": vars(options_of(config)),
         "rows": {name: getattr(arguments, name) for name in (*ROW_OPTIONS, "dtype")},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
+        "lora": None if arguments.lora_rank is None else {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha},
         "versions": _versions(),
     }
     if arguments.resume:
@@ -214,6 +251,8 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
     documents = documents if arguments.stream else list(documents)
     held_out = list(source_of(arguments, arguments.eval_data)) if arguments.eval_data else None
     model, tokenizer = _model_and_tokenizer(arguments)
+    if arguments.lora_rank is not None or arguments.lora_alpha is not None:
+        model = with_adapters(model, arguments.lora_rank, arguments.lora_alpha)
     train_rows, eval_rows = train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
     trainer = EBFTTrainer(
         model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
@@ -226,9 +265,11 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
         if trainer.is_world_process_zero():
             write_json(output / RUN_FILE, run)
         results = {}
-        if eval_rows and checkpoint is None:
-            results["before"] = trainer.evaluate()
+        # From inside the training, where the model is wrapped for several processes.
+        config.eval_on_start = bool(eval_rows) and checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint)
+        if config.eval_on_start:
+            results["before"] = next(line for line in trainer.state.log_history if "eval_loss" in line)
         if eval_rows:
             results["after"] = trainer.evaluate()
         _save_model(trainer, output / MODEL_FOLDER)
@@ -322,7 +363,7 @@ def _check_output(output: Path, *, resume: bool = False, overwrite: bool = False
 
 def _check_same_run(output: Path, run: dict[str, Any]) -> None:
     recorded = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
-    for name in ("model", "data", "options", "rows", "seeds"):
+    for name in ("model", "data", "options", "rows", "seeds", "lora"):
         expected, got = recorded.get(name), json.loads(json.dumps(run[name]))
         if expected != got:
             raise ValueError(f"{name}: to resume expected what the run was started with, {expected}; got {got}")
@@ -337,7 +378,9 @@ def _recorded_model(model: Path) -> str | None:
 def _save_model(trainer: EBFTTrainer, folder: Path) -> None:
     """Model and tokenizer, under a temporary name until they are complete."""
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(temporary, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
         shutil.rmtree(folder, ignore_errors=True)

@@ -105,7 +105,7 @@ def _check_layers(layers: Any) -> None:
 
 @dataclass
 class EBFTConfig(EBFTOptions, TrainingArguments):
-    """`transformers.TrainingArguments`, the method's options and what evaluation needs; nothing else.
+    """`transformers.TrainingArguments`, the method's options, and what evaluation and recovery need; nothing else.
 
     Four defaults differ from transformers': the learning rate is the authors' (for models of a billion parameters
     and more); data columns are never dropped by their name (no model's forward knows ``completion_mask``); a log line
@@ -123,6 +123,9 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
     logging_nan_inf_filter: bool = _option(False, "log an average of earlier losses in place of NaN")
     eval_rows: int = _option(64, "evaluate on this many rows, chosen once with eval_seed")
     eval_seed: int = _option(0, "seed of the evaluation's rows and rollouts, apart from the training seed")
+    pad_to_multiple_of: int = _option(1, "round the length of a batch up to a multiple, so that few shapes occur")
+    shard_feature_network: bool = _option(False, "spread the frozen feature network over all ranks with FSDP2")
+    max_nonfinite_steps: int = _option(5, "stop after so many steps in a row without a finite loss and gradient")
 
     def __post_init__(self) -> None:
         self.validate()
@@ -136,6 +139,8 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
         EBFTOptions.validate(self)
         _check_int("eval_rows", self.eval_rows, 1)
         _check_int("eval_seed", self.eval_seed, 0)
+        _check_int("max_nonfinite_steps", self.max_nonfinite_steps, 1)
+        _check_int("pad_to_multiple_of", self.pad_to_multiple_of, 1)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True: completion_mask would be dropped")
         if self.label_smoothing_factor:
@@ -146,6 +151,11 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
             raise ValueError(
                 f"neftune_noise_alpha: expected None, got {self.neftune_noise_alpha}: rollouts would be scored under "
                 "other embeddings than they were sampled from"
+            )
+        if self.push_to_hub and "checkpoint" in str(getattr(self.hub_strategy, "value", self.hub_strategy)):
+            raise ValueError(
+                f"hub_strategy: expected end or every_save, got {self.hub_strategy}: a checkpoint is renamed when it "
+                "is complete, while transformers would still upload it"
             )
 
 

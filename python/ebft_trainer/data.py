@@ -35,6 +35,7 @@ class EBFTCollator:
     Args:
         options: of the method; their geometry is used.
         pad_token_id: fills rows that are shorter than the longest.
+        pad_to_multiple_of: the length P of a batch is rounded up to a multiple, so that few shapes occur.
         vocabulary: token ids that the model knows, 0 to ``vocabulary - 1``; None: not checked.
 
     Raises:
@@ -42,15 +43,23 @@ class EBFTCollator:
             middle; a token id that the model does not know.
     """
 
-    def __init__(self, options: EBFTOptions, *, pad_token_id: int = 0, vocabulary: int | None = None) -> None:
+    def __init__(
+        self,
+        options: EBFTOptions,
+        *,
+        pad_token_id: int = 0,
+        pad_to_multiple_of: int = 1,
+        vocabulary: int | None = None,
+    ) -> None:
         self.geometry = {name: getattr(options, name) for name in ("context", "stride", "horizon", "samples")}
         self.pad_token_id = pad_token_id
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.vocabulary = vocabulary
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         rows = [unpadded(row) for row in rows]
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        length = int(lengths.max())
+        length = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         self._check_token_ids(rows)
         batch: dict[str, Any] = {
             "input_ids": _pad(rows, "input_ids", length, absent=0, padding=self.pad_token_id),

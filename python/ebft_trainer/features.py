@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from ebft_kernels import StridedLayout, pool_features
 from ebft_kernels._checks import check_option, check_tensor
@@ -32,8 +33,8 @@ class FeatureNetwork(nn.Module):
 
     A plain model is copied as it is now: its embeddings and the layers up to the deepest one asked for. A PEFT model is
     shared instead, and its adapters are switched off for each forward (its base weights do not change in training;
-    that holds for adapters only, not for trained biases). Sharing is meant for one device and for DDP: a forward that
-    stops early leaves FSDP and ``torch.compile`` no chance to clean up.
+    that holds for adapters only, not for trained biases). Sharing is not meant for ``torch.compile``, which a forward
+    that stops early leaves no chance to clean up; under FSDP2 and ZeRO-3 a shared network runs to the end.
 
     Hidden states are pooled layer by layer as they appear, so that none outlives its layer. With ``normalize="joint"``
     that takes ``pooling="last_token"``: the norm of a token over all layers is only known at the end, and a
@@ -85,6 +86,24 @@ class FeatureNetwork(nn.Module):
         else:
             self._copy = _copy_up_to(model, max(self.layers)).requires_grad_(False)
         self.train(False)
+
+    def shard(self) -> FeatureNetwork:
+        """Spread the decoder blocks over all ranks (FSDP2), each whole only while it runs; embeddings stay replicated.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: there is no process group, or the network shares its weights with the model.
+        """
+        if self._copy is None:
+            raise ValueError("shard: expected a feature network with weights of its own, got one that shares a model's")
+        if not torch.distributed.is_initialized():
+            raise ValueError("shard: expected several processes (torchrun, accelerate launch), got one without a group")
+        for block in decoder_layers(self._copy)[: max(self.layers)]:
+            # Each by itself: a forward that stops early would leave a root unfinished.
+            fully_shard(block, reshard_after_forward=True)
+        return self
 
     def train(self, mode: bool = True) -> FeatureNetwork:  # noqa: ARG002 (an interface)
         """Stay in eval mode."""
@@ -145,10 +164,12 @@ class FeatureNetwork(nn.Module):
         handles = []
         blocks = decoder_layers(model)
         wanted, deepest = set(self.layers), max(self.layers)
+        # FSDP2 and ZeRO-3 clean up at the end of the forward.
+        stops_early = not (isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters()))
 
         def tap(layer: int, hidden: Tensor) -> None:
             take(layer, hidden)
-            if layer == deepest:
+            if layer == deepest and stops_early:
                 raise _DeepestLayerDone
 
         if 0 in wanted:
@@ -158,7 +179,8 @@ class FeatureNetwork(nn.Module):
         try:
             with _adapters_off(model), evaluation_mode(model):
                 last = hidden_states(model, packed, layout)
-                tap(len(blocks), last)
+                if deepest == len(blocks):
+                    tap(deepest, last)
         except _DeepestLayerDone:
             pass
         finally:

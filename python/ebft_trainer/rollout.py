@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ebft_kernels import StridedLayout
 from ebft_kernels._checks import check_int, check_tensor
-from ebft_kernels.integrations.transformers import OutputHead, StridedCache, hidden_states, output_head
+from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head
 
 # Logits held at once: 64 MB in float32.
 _CHUNK_NUMEL = 1 << 24
@@ -61,16 +61,22 @@ def sample_rollouts(
     check_prompt(prompt, layout)
     cache = StridedCache(layout)
     tokens, log_probs = [], []
+
+    def first(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, P, C]
+        rows = layout.anchor_rows(hidden)  # [B, A, C]
+        return _draw_rows(rows, head, layout.samples, temperature, top_p, top_k, generator)
+
+    def later(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, A*n, C]
+        return _draw_rows(hidden, head, 1, temperature, top_p, top_k, generator)
+
     with evaluation_mode(model):
-        head = output_head(model)
-        rows = layout.anchor_rows(hidden_states(model, prompt, layout, cache=cache))  # [B, A, C]
         for step in range(layout.horizon):
-            draws = 1 if step else layout.samples
-            drawn = _draw_rows(rows, head, draws, temperature, top_p, top_k, generator)
+            if step == 0:
+                drawn = apply_head(model, prompt, layout, first, cache=cache)
+            else:
+                drawn = apply_head(model, tokens[-1].flatten(1), layout, later, cache=cache, step=step - 1)
             for part, results in zip(drawn, (tokens, log_probs), strict=True):
                 results.append(part.view(layout.batch_size, layout.num_anchors, layout.samples))
-            if step + 1 < layout.horizon:
-                rows = hidden_states(model, tokens[-1].flatten(1), layout, cache=cache, step=step)  # [B, A*n, C]
     return torch.stack(tokens, 3), torch.stack(log_probs, 3)
 
 

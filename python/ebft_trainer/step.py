@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ebft_kernels import FeatureMatching, StridedLayout, feature_matching, linear_log_probs
 from ebft_kernels._checks import check_tensor
-from ebft_kernels.integrations.transformers import OutputHead, hidden_states, output_head
+from ebft_kernels.integrations.transformers import OutputHead, apply_head
 
 from .rollout import check_prompt, sample_rollouts
 
@@ -46,6 +46,7 @@ def ebft_step(
     *,
     token_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    shares: Tensor | None = None,
 ) -> EBFTStep:
     """The whole method for one batch (arXiv:2603.12248); call ``.loss.backward()`` on what comes back.
 
@@ -79,6 +80,8 @@ def ebft_step(
         config: the method's options; geometry and kind of the features are those of layout and feature network.
         token_mask: [B, P] bool, prompt tokens that count (completions); None: all.
         generator: of the rollouts.
+        shares: [2], factors of the two terms of ``loss``, where several batches make one optimizer step: what this
+            batch has of :func:`loss_weights` of them all. None: 1. They are in no metric.
 
     Raises:
         ValueError: no valid anchor, no feature network, a shape or device that does not fit, a model that cannot be run
@@ -86,8 +89,12 @@ def ebft_step(
         TypeError: another type or dtype.
     """
     _check_batch(prompt, layout, token_mask)
+    if shares is None:
+        shares = torch.ones(2, device=layout.device)
+    else:
+        check_tensor("shares", shares, "2", {}, device=layout.device)
     if not config.rl_coef:
-        return _cross_entropy_step(model, prompt, layout, config, token_mask)
+        return _cross_entropy_step(model, prompt, layout, config, token_mask, shares)
     if feature_network is None:
         raise ValueError(f"feature_network: expected one with rl_coef = {config.rl_coef}, got None")
     if not layout.num_valid:
@@ -122,11 +129,11 @@ def ebft_step(
         model, prompt, rollouts, layout, temperature=config.temperature or 1.0, score_prompt=config.ce_coef != 0
     )
     rl_loss = -_mean(_per_token(match.advantage) * log_probs, weights)
-    loss = config.rl_coef * rl_loss
+    loss = config.rl_coef * shares[0] * rl_loss
     metrics["loss/rl"] = rl_loss.detach()
     if text_log_probs is not None:
         ce_loss = _masked_mean(-text_log_probs, scored_prompt_tokens(layout, token_mask))
-        loss = loss + config.ce_coef * ce_loss
+        loss = loss + config.ce_coef * shares[1] * ce_loss
         metrics["loss/ce"] = ce_loss.detach()
     log_probs = log_probs.detach()
     metrics["entropy"] = -_mean(log_probs, weights)
@@ -173,10 +180,13 @@ def policy_log_probs(
     sizes = {"B": layout.batch_size, "A": layout.num_anchors, "n": layout.samples, "G": layout.horizon}
     check_tensor("rollouts", rollouts, "B A n G", sizes, dtype=torch.int64, device=layout.device)
     short = layout.without_last_step()
-    hidden = hidden_states(model, short.pack(prompt, rollouts[..., :-1]), short)  # [B, P + A*n*(G-1), C]
-    head = output_head(model)
-    log_probs = _score(layout.predictors(hidden), head, rollouts, temperature)
-    return log_probs, _score_prompt(hidden, head, prompt) if score_prompt else None
+
+    def score(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, P + A*n*(G-1), C]
+        log_probs = _score(layout.predictors(hidden), head, rollouts, temperature)
+        return (log_probs, _score_prompt(hidden, head, prompt)) if score_prompt else (log_probs,)
+
+    log_probs, *text_log_probs = apply_head(model, short.pack(prompt, rollouts[..., :-1]), short, score)
+    return log_probs, text_log_probs[0] if score_prompt else None
 
 
 def prompt_log_probs(
@@ -198,8 +208,12 @@ def prompt_log_probs(
         TypeError: another type or dtype.
     """
     _check_batch(prompt, layout, token_mask)
-    hidden = hidden_states(model, prompt, layout.prompt_only())
-    return _score_prompt(hidden, output_head(model), prompt), scored_prompt_tokens(layout, token_mask)
+
+    def score(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
+        return (_score_prompt(hidden, head, prompt),)
+
+    (log_probs,) = apply_head(model, prompt, layout.prompt_only(), score)
+    return log_probs, scored_prompt_tokens(layout, token_mask)
 
 
 def scored_prompt_tokens(layout: StridedLayout, token_mask: Tensor | None = None) -> Tensor:
@@ -222,6 +236,15 @@ def rollout_weights(layout: StridedLayout, token_mask: Tensor | None = None) -> 
     return counted / (tokens * anchors).clamp_min(1)
 
 
+def loss_weights(layout: StridedLayout, token_mask: Tensor | None = None) -> Tensor:
+    """[2] float32: the anchors and the prompt tokens that count, over which the two terms of the loss are means.
+
+    Known before anything is sampled, so that batches that make one optimizer step can be given their ``shares``.
+    """
+    anchors = rollout_weights(layout, token_mask).any(-1).sum()
+    return torch.stack([anchors, scored_prompt_tokens(layout, token_mask).sum()]).float()
+
+
 def _check_batch(prompt: object, layout: object, token_mask: object) -> None:
     check_prompt(prompt, layout)
     if token_mask is not None:
@@ -230,7 +253,12 @@ def _check_batch(prompt: object, layout: object, token_mask: object) -> None:
 
 
 def _cross_entropy_step(
-    model: nn.Module, prompt: Tensor, layout: StridedLayout, config: EBFTOptions, token_mask: Tensor | None
+    model: nn.Module,
+    prompt: Tensor,
+    layout: StridedLayout,
+    config: EBFTOptions,
+    token_mask: Tensor | None,
+    shares: Tensor,
 ) -> EBFTStep:
     start = perf_counter()
     log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=token_mask)
@@ -240,7 +268,7 @@ def _cross_entropy_step(
         "tokens": float(prompt.numel()),
         "seconds/policy": perf_counter() - start,
     }
-    return EBFTStep(config.ce_coef * ce_loss, None, None, None, metrics)
+    return EBFTStep(config.ce_coef * shares[1] * ce_loss, None, None, None, metrics)
 
 
 def _score(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float) -> Tensor:

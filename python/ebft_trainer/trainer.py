@@ -3,45 +3,70 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import has_length, speed_metrics
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, has_length, speed_metrics
 
 from ebft_kernels.integrations.transformers import check_model, output_head
 
+from .checkpoint import (
+    UNFINISHED,
+    CheckpointError,
+    check_whole,
+    check_writable,
+    discard_unfinished,
+    keep_newest,
+    publish,
+    start_unfinished,
+)
 from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
 from .features import FeatureNetwork
+from .metrics import MetricSums
 from .rollout import evaluation_mode
-from .step import ebft_step
+from .step import ebft_step, loss_weights
 
 
 class EBFTTrainer(Trainer):
     """`transformers.Trainer` with the loss of EBFT (arXiv:2603.12248).
 
-    Overrides `compute_loss`, `evaluate` and `log`, nothing else: gradient accumulation, checkpoints, schedulers, mixed
-    precision and distributed training are those of transformers and accelerate.
+    Overrides how a loss is computed, what is logged, evaluation, and how a checkpoint is written; gradient
+    accumulation, schedulers, mixed precision and distributed training are those of transformers and accelerate.
 
     The frozen feature network is made from the model **as given here**. To resume a run, start from the same initial
     model (`train(resume_from_checkpoint=...)` loads the trained weights afterwards); to evaluate a trained model, pass
     the `feature_network` that it was trained with.
 
-    The loss is a mean over the rollouts (and tokens) of a micro-batch, and micro-batches and ranks weigh the same: with
-    equal numbers of rollouts in each, accumulating four batches of one row is the same as one batch of four.
+    The two terms of the loss are means over all rollouts and tokens of an optimizer step, whatever micro-batch or rank
+    they are in: accumulating four batches of one row, or two ranks with two rows each, is the same as one batch of
+    four, also where their numbers of anchors differ.
+
+    A step whose loss or gradient is not finite leaves the weights as they are. Such steps are counted in the log as
+    ``nonfinite_steps`` and are in no other number of it; after ``args.max_nonfinite_steps`` in a row the run saves its
+    state and ends with an error. With fp16 the gradient scaler judges the gradients; under DeepSpeed, which cannot
+    skip a step, a loss that is not finite ends the run at once.
+
+    A checkpoint appears under its name when it is complete, so that a process may be killed at any moment.
 
     Each step's randomness comes from the seed, the step, the micro-batch and the rank alone, so that a run that was
     interrupted and resumed samples the same rollouts as one that was not.
     """
 
-    # `compute_loss` returns a mean per micro-batch; transformers is to divide it by their number.
-    loss_is_scaled_for_ga = False
+    # `compute_loss` returns a share of the whole step's mean; transformers is not to divide it again.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -72,9 +97,10 @@ class EBFTTrainer(Trainer):
             optimizers: as for `Trainer`.
 
         Raises:
-            ValueError: the model cannot be run on strided rows; a row has no room for a rollout; one process is to
-                drive several devices.
+            ValueError: the model cannot be run on strided rows, or ZeRO-3 has spread its weights already; a row has no
+                room for a rollout; one process is to drive several devices; accelerate would not shard.
             TypeError: ``args`` is not an `EBFTConfig`.
+            CheckpointError: nothing can be written to ``args.output_dir``.
         """
         if not isinstance(args, EBFTConfig):
             raise TypeError(f"args: expected an EBFTConfig, got {type(args).__name__}")
@@ -84,17 +110,28 @@ class EBFTTrainer(Trainer):
             )
         # Without the autocast of an earlier trainer, which would round the logits that the two checks compare.
         model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "model: expected whole weights, got some that ZeRO-3 has spread over the ranks already; load the model "
+                "before the EBFTConfig with its DeepSpeed settings is made"
+            )
         check_model(model).require()
         output_head(model)
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
-            vocabulary = model.get_input_embeddings().weight.shape[0]
-            data_collator = EBFTCollator(args, pad_token_id=0 if pad is None else pad, vocabulary=vocabulary)
+            data_collator = EBFTCollator(
+                args,
+                pad_token_id=0 if pad is None else pad,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                vocabulary=model.get_input_embeddings().weight.shape[0],
+            )
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
             _check_rows(name, dataset, data_collator)
         if feature_network is None and (args.rl_coef > 0 or eval_dataset is not None):
             feature_network = FeatureNetwork(model, args.feature_layers, pooling=args.pooling, normalize=args.normalize)
+        if args.should_save:
+            check_writable(args.output_dir)
         super().__init__(
             model=model,
             args=args,
@@ -105,18 +142,62 @@ class EBFTTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(f"fsdp: accelerate does not shard on {args.device}; it needs an accelerator per process")
         self.feature_network = None if feature_network is None else feature_network.to(args.device)
-        self._metrics = _MetricSums()
+        if args.shard_feature_network and feature_network is not None:
+            self.feature_network.shard()
+        # What releases that do not know `loss_is_scaled_for_ga` go by.
+        self.model_accepts_loss_kwargs = True
+        self._metrics = MetricSums()
         self._step_and_micro_batch = (-1, -1)
+        self._nonfinite_losses: list[Tensor] = []
+        self._nonfinite_in_a_row = 0
+        self._saving = False
+        self.add_callback(_NonFiniteSteps(self))
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As `Trainer.train`; a checkpoint to resume from is first checked for damage.
+
+        Raises:
+            CheckpointError: it is damaged or was never finished; or a checkpoint cannot be written.
+            FloatingPointError: the loss or the gradient was not finite too often; the state is saved.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise CheckpointError(f"resume_from_checkpoint: no checkpoint in {self.args.output_dir!r}")
+        if resume_from_checkpoint and self.is_local_process_zero():
+            check_whole(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of one optimizer step, and what they weigh: see `loss_weights`, summed over all ranks."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # A finished run was resumed; transformers would train one more step.
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        return batches, self.accelerator.reduce(sum(_weights(batch).to(device) for batch in batches), "sum")
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,  # noqa: ARG002 (transformers passes it by name)
+        num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        """The loss of one micro-batch: a mean over its valid anchors and rollouts."""
+        """What one micro-batch adds to the loss of an optimizer step that weighs ``num_items_in_batch`` (None: itself).
+
+        Times the number of ranks, over which the gradients are averaged.
+        """
         layout = inputs["layout"]
         if not layout.num_valid:
             raise ValueError("layout: expected at least one valid anchor in the batch, got none")
@@ -124,6 +205,11 @@ class EBFTTrainer(Trainer):
         micro_batch = micro_batch + 1 if step == self.state.global_step else 0
         self._step_and_micro_batch = (self.state.global_step, micro_batch)
         self._metrics.start(new_step=micro_batch == 0)
+        weights = _weights(inputs)
+        if num_items_in_batch is None:
+            shares = torch.ones_like(weights)
+        else:
+            shares = self.accelerator.num_processes * weights / num_items_in_batch.clamp_min(1)
         result = ebft_step(
             model,
             self.feature_network,
@@ -132,15 +218,23 @@ class EBFTTrainer(Trainer):
             self.args,
             token_mask=inputs.get("completion_mask"),
             generator=self._generator(self.args.seed, "train", self.state.global_step, micro_batch),
+            shares=shares,
         )
-        self._metrics.add(result.metrics)
-        return (result.loss, {"step": result}) if return_outputs else result.loss
+        self._metrics.add({**result.metrics, "loss": result.loss}, weights)
+        finite = result.loss.detach().isfinite()
+        self._nonfinite_losses.append(~finite)
+        # The step is skipped; transformers' running sum of losses is not to be NaN from here on.
+        loss = result.loss.where(finite, 0.0)
+        return (loss, {"step": result}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means, since the last training log, of every metric of `ebft_step`, and two speeds."""
+        """Add the means, since the last training log, of every metric of `ebft_step`, and two speeds.
+
+        ``loss`` is the mean over the steps that were taken, NaN if all were skipped.
+        """
         if "loss" in logs:
             logs = {**logs, **self._metrics.means(self.accelerator)}
-            self._metrics = _MetricSums()
+            self._metrics = MetricSums()
         super().log(logs, start_time)
 
     def evaluate(
@@ -202,48 +296,89 @@ class EBFTTrainer(Trainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return self.accelerator.reduce(torch.stack(sums).cpu().double().sum(0).to(self.args.device))
 
+    def _end_gradient(self, model: nn.Module) -> None:
+        """Before the optimizer's step: take the gradients away if they, or a loss, are not finite on any rank."""
+        flags = self._nonfinite_losses
+        self._nonfinite_losses = []
+        if self.accelerator.scaler is None:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            gradients = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
+            flags.append(~get_total_norm(gradients).isfinite())
+        flag = torch.stack([x.to(self.args.device) for x in flags]).any()
+        # The one moment in a step at which the host waits for the device.
+        skip = bool(self.accelerator.reduce(flag.float(), "sum").item())
+        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skip else 0
+        self._metrics.end_step(taken=not skip)
+        if skip and self.is_deepspeed_enabled:
+            raise FloatingPointError(f"loss: expected finite numbers, got others in step {self.state.global_step}")
+        if skip:
+            model.zero_grad(set_to_none=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._saving else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint where nobody takes it for one, and rename it when it is complete."""
+        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                start_unfinished(run)
+            self.accelerator.wait_for_everyone()
+            self._saving = True
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(run / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(run / UNFINISHED / name / "trainer_state.json"))
+                publish(run, name)
+                keep_newest(run, self.args.save_total_limit, str(run / name), self.state.best_model_checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free, last = shutil.disk_usage(run).free, get_last_checkpoint(str(run))
+            if self.args.should_save:
+                discard_unfinished(run)
+            raise CheckpointError(
+                f"output_dir: cannot write {name} to {str(run)!r} with {free / 1e9:.3g} GB free: {error}; the last "
+                f"whole checkpoint is {last}"
+            ) from error
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+
     def _generator(self, seed: int, *parts: str | int) -> torch.Generator:
         key = (seed, *parts) if parts[0] == "eval" else (seed, *parts, self.args.process_index)
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
         return torch.Generator(self.args.device).manual_seed(int.from_bytes(digest, "big", signed=True))
 
 
-class _MetricSums:
-    """Sums of metrics between two log lines; tensors stay on their device until they are logged."""
+class _NonFiniteSteps(TrainerCallback):
+    """Tells the trainer that a gradient is complete, and ends the run after too many that were not finite."""
 
-    def __init__(self) -> None:
-        self._steps = 0
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}
-        self._started: float | None = None
+    def __init__(self, trainer: EBFTTrainer) -> None:
+        self._trainer = trainer
 
-    def start(self, *, new_step: bool) -> None:
-        self._steps += new_step
-        if self._started is None:
-            self._started = time.perf_counter()
+    def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **others: Any) -> None:
+        self._trainer._end_gradient(others["model"])
 
-    def leave_out(self, seconds: float) -> None:
-        if self._started is not None:
-            self._started += seconds
+    def on_step_end(self, _args: Any, _state: Any, control: Any, **_others: Any) -> None:
+        control.should_save |= self._too_many
 
-    def add(self, metrics: dict[str, Tensor | float]) -> None:
-        for name, value in metrics.items():
-            value = value.detach() if isinstance(value, Tensor) else value
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+    def on_save(self, args: Any, state: Any, _control: Any, **_others: Any) -> None:
+        if self._too_many:
+            raise FloatingPointError(
+                f"loss: expected finite numbers, got NaN or infinity in the loss or the gradient of "
+                f"{args.max_nonfinite_steps} steps in a row; the state before them is saved as "
+                f"checkpoint-{state.global_step} in {args.output_dir!r}"
+            )
 
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """Means over micro-batches and ranks, tokens per second of all ranks, seconds per optimizer step."""
-        if self._started is None:
-            return {}
-        device = accelerator.device
-        values = torch.stack([torch.as_tensor(x, device=device, dtype=torch.float32) for x in self._sums.values()])
-        means = (accelerator.reduce(values, "mean").cpu().double() / torch.tensor(list(self._counts.values()))).tolist()
-        out = dict(zip(self._sums, means, strict=True))
-        elapsed = time.perf_counter() - self._started
-        if "tokens" in out:
-            out["tokens_per_second"] = out["tokens"] * self._counts["tokens"] * accelerator.num_processes / elapsed
-        return {**out, "seconds/step": elapsed / self._steps}
+    @property
+    def _too_many(self) -> bool:
+        return self._trainer._nonfinite_in_a_row >= self._trainer.args.max_nonfinite_steps
+
+
+def _weights(batch: dict[str, Any]) -> Tensor:
+    return loss_weights(batch["layout"].to(batch["input_ids"].device), batch.get("completion_mask"))
 
 
 def _chosen_rows(count: int, wanted: int, seed: int) -> list[int]:

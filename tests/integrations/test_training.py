@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ebft_kernels.integrations.transformers import (
     StridedCache,
+    apply_head,
     check_model,
     decoder_layers,
     hidden_states,
@@ -37,6 +38,18 @@ def gradients(model, tokens, layout):
     weight = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
     (hidden * weight).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_of_head(model, tokens, layout):
+    """From two tensors that are made of the hidden state and the head's weight."""
+    rows, logits = apply_head(model, tokens, layout, lambda hidden, head: (hidden[:, 3], head.logits(hidden)))
+    return logits.square().mean() + rows.sum()
+
+
+def head_gradients(model, tokens, layout):
+    model.zero_grad()
+    loss_of_head(model, tokens, layout).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(actual, expected):
@@ -147,17 +160,35 @@ def one_rank(tmp_path):
 
 @pytest.mark.usefixtures("one_rank")
 def test_distributed_data_parallel(tiny, layout, tokens):
-    """All parameters take part, the head too, although its logits are computed outside of the wrapper's forward."""
+    """All parameters take part, the head too, whose logits are computed in the wrapper's forward."""
 
     def step(model):
         model.zero_grad()
-        output_head(model).logits(hidden_states(model, tokens, layout)).square().mean().backward()
+        loss_of_head(model, tokens, layout).backward()
         return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}
 
     model = tiny.build("llama").train()
     expected = step(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(step(nn.parallel.DistributedDataParallel(model)), expected)
+
+
+@pytest.mark.parametrize("whole", ["model", "model, head", "model, head and norm"])
+@pytest.mark.usefixtures("one_rank")
+def test_a_sharded_head(tiny, layout, tokens, whole):
+    """Its weight is gathered for its own forward, freed after it, and gathered again for the backward pass."""
+    expected = head_gradients(tiny.build("llama").train(), tokens, layout)
+    model = tiny.build("llama").train()
+    for layer in decoder_layers(model):
+        fully_shard(layer)
+    if "head" in whole:
+        fully_shard([model.model.norm, model.lm_head] if "norm" in whole else model.lm_head, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True)
+    for _ in range(2):
+        with torch.no_grad():
+            apply_head(model, tokens, layout, lambda hidden, head: (head.logits(hidden),))
+        found = head_gradients(model, tokens, layout)
+        assert_same({name: grad.full_tensor() for name, grad in found.items()}, expected)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -264,6 +295,32 @@ def test_scale_softcap_and_bias_of_the_head(tiny, name, scale, softcap):
     assert (head.scale, head.softcap) == (scale, softcap)
     assert (head.bias is not None) == (name == "phi")
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "cohere", "phi", "gpt_oss"])
+def test_the_head_is_applied_inside_the_forward(tiny, layout, tokens, name):
+    """The same numbers and gradients as outside of it, whatever the model does to its logits afterwards."""
+    model = tiny.build(name).train()
+    found = head_gradients(model, tokens, layout)
+    found = {name: gradient.clone() for name, gradient in found.items()}
+    model.zero_grad()
+    hidden = hidden_states(model, tokens, layout)
+    (output_head(model).logits(hidden).square().mean() + hidden[:, 3].sum()).backward()
+    assert_same(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def test_a_head_that_is_not_run_once_is_refused(tiny, layout, tokens):
+    class Twice(_Wrapper):
+        def forward(self, **kwargs):
+            self.module(**kwargs)
+            return self.module(**kwargs)
+
+    model = tiny.build("llama")
+    with pytest.raises(ValueError, match="llama: expected one call of its vocabulary head, saw 2"):
+        output_head(Twice(model))
+    output_head(model)
+    with pytest.raises(RuntimeError, match="llama: expected one call of its vocabulary head, saw 2"):
+        apply_head(Twice(model), tokens, layout, lambda hidden, _head: (hidden,))
 
 
 def test_a_head_that_does_more_is_refused(tiny):

@@ -191,7 +191,7 @@ def plain() -> SimpleNamespace:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte and an end-of-text token, 257 in all."""
     vocabulary = {name: i for i, name in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<end>"])}

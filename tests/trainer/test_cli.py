@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import fields
 
 import pytest
@@ -162,6 +163,21 @@ def test_a_folder_that_holds_something_is_refused(model_folder, text, tmp_path, 
     assert "expected a folder, got the file" in error_of(capsys, [*arguments[:6], text, *SMALL.split()])
 
 
+def test_a_run_that_cannot_go_on_ends_with_one_line(train, model_folder, text, tmp_path, capsys):
+    train("--max-steps", "2")
+    os.truncate(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", 10)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        train("--resume")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 1
+    assert line.startswith("ebft-train: error: resume_from_checkpoint:") and "is damaged: expected " in line
+    arguments = ["train", "--model", model_folder, "--data", text, "--output", "/proc/run", *SMALL.split()]
+    assert error_of(capsys, arguments).startswith(
+        "output_dir: expected a folder that can be written to, got '/proc/run'"
+    )
+
+
 def test_another_run_is_not_resumed(train, model_folder, text, tmp_path, capsys):
     train("--max-steps", "2")
     arguments = ["train", "--model", model_folder, "--data", text, "--output", tmp_path / "run", *SMALL.split()]
@@ -169,6 +185,8 @@ def test_another_run_is_not_resumed(train, model_folder, text, tmp_path, capsys)
     assert message.startswith("options: to resume expected what the run was started with")
     message = error_of(capsys, [*arguments, "--resume", "--length", "40"])
     assert message.startswith("rows: to resume expected")
+    message = error_of(capsys, [*arguments, "--resume", "--lora-rank", "2"])
+    assert message.startswith("lora: to resume expected")
 
 
 @pytest.mark.parametrize(
@@ -211,8 +229,13 @@ def test_bad_data_and_models_are_one_line(model_folder, text, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     assert "which is empty" in error_of(capsys, [*arguments, tmp_path / "empty.txt"])
     assert "byte 0xe9 at offset 3" in error_of(capsys, [*arguments, tmp_path / "latin.txt"])
+    message = f"model: no tokenizer can be loaded from '{tmp_path / 'folder'}', expected files such as tokenizer.json"
+    assert message in error_of(capsys, [*arguments, "--model", tmp_path / "folder"])
+    assert message in error_of(capsys, [*arguments, "--feature-model", tmp_path / "folder"])
+    for file in model_folder.glob("tokenizer*"):
+        file.rename(tmp_path / "folder" / file.name)
+    assert "model: no tokenizer can be loaded" in error_of(capsys, arguments)
     assert "model: cannot load" in error_of(capsys, [*arguments, "--model", tmp_path / "folder"])
-    assert "model: cannot load" in error_of(capsys, [*arguments, "--feature-model", tmp_path / "folder"])
     assert "output: expected a new file" in error_of(capsys, [*arguments, "--output", text])
 
 

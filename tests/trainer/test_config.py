@@ -23,7 +23,9 @@ def test_the_defaults_are_those_of_the_authors():
 def test_the_config_adds_fields_to_training_arguments_and_changes_four_defaults(tmp_path):
     config, plain = EBFTConfig(output_dir=str(tmp_path)), TrainingArguments(output_dir=str(tmp_path))
     added = {f.name for f in fields(EBFTConfig)} - {f.name for f in fields(TrainingArguments)}
-    assert added == {f.name for f in fields(EBFTOptions)} | {"eval_rows", "eval_seed"}
+    assert added == {f.name for f in fields(EBFTOptions)} | {
+        *("eval_rows", "eval_seed", "max_nonfinite_steps", "pad_to_multiple_of", "shard_feature_network")
+    }
     changed = {f.name for f in fields(plain) if getattr(config, f.name) != getattr(plain, f.name)}
     changed -= {"logging_dir", "accelerator_config"}
     assert changed == {"learning_rate", "remove_unused_columns", "logging_steps", "logging_nan_inf_filter"}
@@ -84,6 +86,13 @@ def test_errors_of_the_method(options, error, message):
     [
         ({"horizon": 0}, ValueError, "horizon: expected at least 1, got 0"),
         ({"eval_rows": 0}, ValueError, "eval_rows: expected at least 1, got 0"),
+        ({"max_nonfinite_steps": 0}, ValueError, "max_nonfinite_steps: expected at least 1, got 0"),
+        ({"pad_to_multiple_of": 0}, ValueError, "pad_to_multiple_of: expected at least 1, got 0"),
+        (
+            {"push_to_hub": True, "hub_strategy": "all_checkpoints"},
+            ValueError,
+            "hub_strategy: expected end or every_save, got all_checkpoints",
+        ),
         ({"eval_seed": -1}, ValueError, "eval_seed: expected at least 0, got -1"),
         ({"remove_unused_columns": True}, ValueError, "remove_unused_columns: expected False, got True"),
         ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor: expected 0, got 0.1"),

@@ -301,3 +301,13 @@ def test_bad_input(plain, batch):
         network(packed, layout, torch.ones(batch[1].shape))
     with pytest.raises(TypeError, match="layout: expected a StridedLayout, got NoneType"):
         network(packed, None)
+
+
+def test_what_cannot_be_sharded(plain):
+    """What can is tested in `test_ranks.py`."""
+    with pytest.raises(ValueError, match="shard: expected several processes .*, got one without a group"):
+        FeatureNetwork(plain.build()).shard()
+    with pytest.raises(
+        ValueError, match="shard: expected a feature network with weights of its own, got one that shares"
+    ):
+        FeatureNetwork(plain.build(), share=True).shard()

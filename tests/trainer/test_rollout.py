@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebft_kernels import StridedLayout
-from ebft_kernels.integrations.transformers import decoder_layers
+from ebft_kernels.integrations.transformers import OutputHead, decoder_layers, output_head
 from ebft_kernels.testing import assert_within_budget, randn
 from ebft_trainer import rollout
 from ebft_trainer.rollout import draw, sample_rollouts
@@ -176,16 +176,12 @@ def test_no_row_is_computed_twice(plain, monkeypatch):
     model, layout = plain.build(), plain.layouts["strided"]()
     block_rows, head_rows = [], []
     decoder_layers(model)[0].register_forward_hook(lambda _m, args, _out: block_rows.append(args[0].shape[:2].numel()))
-    head = rollout.OutputHead
-
-    class Counted(head):
-        def logits(self, hidden):
-            head_rows.append(hidden.shape[:-1].numel())
-            return super().logits(hidden)
-
-    found = rollout.output_head(model)
+    logits = OutputHead.logits
+    output_head(model)
     block_rows.clear()  # it looked at the model's own logits
-    monkeypatch.setattr(rollout, "output_head", lambda _model: Counted(*found))
+    monkeypatch.setattr(
+        OutputHead, "logits", lambda head, hidden: head_rows.append(hidden.shape[:-1].numel()) or logits(head, hidden)
+    )
     sample_rollouts(model, plain.prompt_of(layout), layout, temperature=1.0)
     batch, rollouts = layout.batch_size, layout.num_anchors * layout.samples
     assert block_rows == [batch * layout.length] + [batch * rollouts] * (layout.horizon - 1)

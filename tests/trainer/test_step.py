@@ -205,6 +205,31 @@ def test_a_term_with_coefficient_0_is_not_computed(plain, monkeypatch):
     assert result.loss.requires_grad
 
 
+def test_shares_weigh_the_two_terms_of_the_loss_and_no_metric(plain):
+    layout = plain.layouts["uneven"]()
+    model, prompt, mask = plain.build(), plain.prompt_of(layout), completions(layout)
+    network, shares = FeatureNetwork(model), torch.tensor([0.5, 3.0])
+    whole, part = (
+        ebft_step(model, network, prompt, layout, options(), token_mask=mask, generator=generator(), shares=x)
+        for x in (None, shares)
+    )
+    rl, ce = whole.metrics["loss/rl"], whole.metrics["loss/ce"]
+    assert (part.metrics["loss/rl"], part.metrics["loss/ce"]) == (rl, ce)
+    assert part.loss.item() == pytest.approx((0.5 * rl + 3 * 0.3 * ce).item(), rel=1e-6)
+    for bad in (torch.ones(3), torch.ones(2, 1)):
+        with pytest.raises(ValueError, match=r"shares: expected shape \[2\], got "):
+            ebft_step(model, network, prompt, layout, options(), shares=bad)
+
+
+def test_what_a_batch_weighs(plain):
+    layout = plain.layouts["uneven"]()
+    # Tokens with a token of their document before them: 17, 16 and 11 tokens of 1, 3 and 2 documents.
+    assert step.loss_weights(layout).tolist() == [layout.num_valid, 16 + 13 + 9]
+    mask = completions(layout)
+    counted = (layout.valid[..., None] & layout.windows(mask)).any(-1).sum()
+    assert step.loss_weights(layout, mask).tolist() == [counted, step.scored_prompt_tokens(layout, mask).sum()]
+
+
 def test_changing_one_rollout_changes_no_other_log_prob(plain):
     layout = plain.layouts["strided"]()
     model, prompt, rollouts = plain.build(), plain.prompt_of(layout), plain.rollouts_of(layout)

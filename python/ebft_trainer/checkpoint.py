@@ -1,0 +1,139 @@
+"""Checkpoints that are whole or absent, whenever the process that writes them is killed.
+
+A checkpoint is written into the folder ``_unfinished`` of the run, flushed to the disk with a manifest of its files,
+and only then renamed to ``checkpoint-N``. The manifest tells damage that comes later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+MANIFEST = "ebft_checkpoint.json"
+# transformers does not upload what begins with an underscore.
+UNFINISHED = "_unfinished"
+_CHUNK = 1 << 24
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written, or is not whole; the message names folder, file and reason."""
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Create ``folder`` if there is none; raises CheckpointError if no file can be written to it."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir: expected a folder that can be written to, got {str(folder)!r}: {error.strerror}"
+        ) from error
+
+
+def start_unfinished(run: Path) -> None:
+    """An empty folder for what is about to be written; an earlier attempt that was interrupted is deleted."""
+    discard_unfinished(run)
+    (run / UNFINISHED).mkdir(parents=True, exist_ok=True)
+
+
+def discard_unfinished(run: Path) -> None:
+    """Delete what was not finished, and free its space."""
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+
+
+def publish(run: Path, name: str) -> None:
+    """Turn the finished ``_unfinished/<name>`` into ``<name>``, in the place of an earlier one if need be."""
+    finished = run / UNFINISHED / name
+    _write_manifest(finished)
+    _retire(run / name)
+    finished.rename(run / name)
+    _flush(run)
+    discard_unfinished(run)
+
+
+def keep_newest(run: Path, limit: int | None, *protected: str | None) -> None:
+    """Delete the oldest checkpoints of a run until ``limit`` are left; never one of the ``protected`` folders."""
+    if not limit or limit < 0:
+        return
+    kept = {Path(folder) for folder in protected if folder is not None}
+    checkpoints = sorted(run.glob("checkpoint-*"), key=lambda folder: folder.stat().st_mtime_ns)
+    surplus = len(checkpoints) - max(limit, len(kept))
+    for folder in [folder for folder in checkpoints if folder not in kept][: max(surplus, 0)]:
+        _retire(folder)
+    discard_unfinished(run)
+
+
+def check_whole(folder: str | os.PathLike[str]) -> None:
+    """Compare a checkpoint with its manifest; reads every file.
+
+    Raises:
+        CheckpointError: it is no finished checkpoint, or the first file that is missing or was changed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"resume_from_checkpoint: expected a checkpoint folder, got {str(folder)!r}")
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: no readable {MANIFEST} ({error})"
+        ) from error
+    for name, (size, digest) in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            reason = f"expected {size} bytes of {name}, got {'no file' if found is None else found}"
+        elif _digest(path) != digest:
+            reason = f"{name} was changed after it was saved"
+        else:
+            continue
+        raise CheckpointError(
+            f"resume_from_checkpoint: {str(folder)!r} is damaged: {reason}{_other_checkpoints(folder)}"
+        )
+
+
+def _other_checkpoints(damaged: Path) -> str:
+    others = sorted(folder.name for folder in damaged.parent.glob("checkpoint-*") if folder != damaged)
+    return f"; other checkpoints there: {', '.join(others)}" if others else ""
+
+
+def _write_manifest(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): (path.stat().st_size, _digest(path)) for path in paths}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    folders = {path.parent for path in paths} | {folder, folder.parent}
+    for path in (*paths, manifest, *folders):
+        _flush(path)
+
+
+def _retire(folder: Path) -> None:
+    """Delete a checkpoint so that at no moment half of one bears its name."""
+    if folder.exists():
+        (folder.parent / UNFINISHED).mkdir(exist_ok=True)
+        # Beside what `_unfinished` may hold under the same name.
+        aside = Path(tempfile.mkdtemp(dir=folder.parent / UNFINISHED))
+        folder.rename(aside / folder.name)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """To the disk, file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

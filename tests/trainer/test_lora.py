@@ -1,0 +1,146 @@
+"""Adapters: what is trained, shared, saved, resumed and refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ebft_trainer import cli
+from ebft_trainer.config import EBFTConfig
+from ebft_trainer.trainer import EBFTTrainer
+
+peft = pytest.importorskip("peft")
+
+ROWS = [{"input_ids": ids} for ids in torch.randint(0, 40, (16, 24), generator=torch.Generator().manual_seed(1))]
+
+
+def adapted(model, **options):
+    torch.manual_seed(5)
+    usual = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft.LoraConfig(**(usual | options)))
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(**options) -> EBFTConfig:
+        usual = {
+            **{"context": 4, "stride": 6, "horizon": 3, "samples": 3, "output_dir": str(tmp_path / "run")},
+            **{"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2},
+            **{"save_steps": 2, "report_to": "none", "disable_tqdm": True, "use_cpu": True},
+            "dataloader_pin_memory": False,
+        }
+        return EBFTConfig(**(usual | options))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr("transformers.trainer_callback.PrinterCallback.on_log", lambda *_args, **_kwargs: None)
+
+
+def test_the_feature_network_is_the_model_itself(plain, config):
+    model = adapted(plain.build())
+    trainer = EBFTTrainer(model, config(), train_dataset=ROWS)
+    network = trainer.feature_network
+    assert not [*network.parameters(), *network.buffers(), *network.children()]
+    calls = []
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train()
+    # In each step the prompt, two decoding steps, the features, and the policy.
+    assert calls == [False, False, False, False, True] * 4
+    assert {p.requires_grad for name, p in model.named_parameters() if "lora_" in name} == {True}
+    assert {p.requires_grad for name, p in model.named_parameters() if "lora_" not in name} == {False}
+
+
+def test_a_checkpoint_holds_adapters_only_and_resumes_bitwise(plain, config, tmp_path):
+    whole = EBFTTrainer(adapted(plain.build()), config(), train_dataset=ROWS)
+    whole.train()
+    files = {path.name for path in (tmp_path / "run" / "checkpoint-2").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    resumed = EBFTTrainer(adapted(plain.build()), config(), train_dataset=ROWS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_on_the_command_line(model_folder, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(40)), encoding="utf-8")
+    options = "--length 48 --context 4 --stride 6 --horizon 3 --samples 2 --eval-rows 4 --max-steps 2 --save-steps 2"
+    options += " --eval-fraction 0.2 --learning-rate 1e-2"
+    arguments = ["train", "--model", model_folder, "--data", text, "--output", tmp_path / "run", *options.split()]
+    cli.main([str(x) for x in (*arguments, "--lora-rank", 2)])
+    run = json.loads((tmp_path / "run" / "ebft.json").read_text())
+    assert run["lora"] == {"rank": 2, "alpha": None}
+    settings = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (2, 4)
+    cli.main(
+        ["evaluate", "--model", str(tmp_path / "run" / "model"), "--data", str(text), "--eval-rows", "4"]
+        + ["--length", "48", "--context", "4", "--stride", "6", "--horizon", "3", "--output", str(tmp_path / "e.json")]
+    )
+    evaluated = json.loads((tmp_path / "e.json").read_text())
+    assert evaluated["feature_model"] == str(model_folder)
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    trained = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "model")
+    with trained.disable_adapter():
+        before = trained(torch.arange(20)[None]).logits
+    assert (trained(torch.arange(20)[None]).logits - before).abs().max() > 1e-3
+
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ValueError, match="lora_rank: needs the package peft, which is not installed"):
+        cli.with_adapters(base, 2)
+
+
+@pytest.mark.parametrize(
+    ("rank", "alpha", "message"),
+    [
+        (None, 2.0, "lora_rank: expected at least 1, got None"),
+        (0, None, "lora_rank: expected at least 1, got 0"),
+        (2, 0.0, "lora_alpha: expected a number above 0, got 0.0"),
+    ],
+)
+def test_bad_options(plain, rank, alpha, message):
+    with pytest.raises(ValueError, match=message):
+        cli.with_adapters(plain.build(), rank, alpha)
+
+
+def test_an_adapter_on_the_head_is_refused_at_set_up(plain, config):
+    with pytest.raises(ValueError, match="llama: its vocabulary head is a PEFT adapter layer, not one weight matrix"):
+        EBFTTrainer(adapted(plain.build(), target_modules=["lm_head"]), config(), train_dataset=ROWS)
+
+
+def test_a_quantized_head_is_refused_at_set_up(plain, config):
+    class Quantized(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(61, 32, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, hidden):
+            return hidden @ self.weight.to(hidden.dtype).mT
+
+    model = plain.build()
+    model.lm_head = Quantized()
+    with pytest.raises(ValueError, match=r"llama: its vocabulary head is quantized \(torch.uint8\)"):
+        EBFTTrainer(model, config(), train_dataset=ROWS)
+
+
+def test_a_model_in_four_bits(plain, config, tmp_path):
+    """QLoRA. bitsandbytes is large and optional; without it the test cannot run."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    plain.build(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "model")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=four_bits, device_map={"": "cpu"}
+    )
+    model = adapted(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+    trainer = EBFTTrainer(model, config(max_steps=2), train_dataset=ROWS)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(line["grad_norm"] > 0 and line["log_prob_gap"] < 1e-4 for line in lines) and len(lines) == 2
+    assert {p.requires_grad for name, p in model.named_parameters() if "lora_" not in name} == {False}

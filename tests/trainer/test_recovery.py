@@ -1,0 +1,293 @@
+"""What is left when a run is killed, the disk is full, a checkpoint is damaged or numbers stop being finite."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import ebft_kernels
+import ebft_trainer
+from ebft_trainer.checkpoint import MANIFEST, CheckpointError, check_whole
+from ebft_trainer.config import EBFTConfig
+from ebft_trainer.trainer import EBFTTrainer
+
+from . import killed_run
+
+
+def rows_of(*lengths: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, 40, (n,), generator=generator)} for n in lengths]
+
+
+ROWS = rows_of(*[24, 11, 17, 8] * 4)
+
+
+@pytest.fixture
+def trainer(plain, tmp_path):
+    """A function that makes one; all write to the same folder."""
+
+    def make(callbacks=None, **options) -> EBFTTrainer:
+        usual = {
+            **{"context": 4, "stride": 6, "horizon": 3, "samples": 3, "output_dir": str(tmp_path / "run")},
+            **{"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2},
+            **{"save_strategy": "steps", "save_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True},
+            "dataloader_pin_memory": False,
+        }
+        config = EBFTConfig(**(usual | options))
+        return EBFTTrainer(plain.build(), config, train_dataset=ROWS, eval_dataset=ROWS[:2], callbacks=callbacks)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr("transformers.trainer_callback.PrinterCallback.on_log", lambda *_args, **_kwargs: None)
+
+
+def checkpoints(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "run").iterdir())
+
+
+def losses(trainer: EBFTTrainer) -> list[float]:
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+# Killed
+
+
+def test_a_run_that_is_killed_at_any_moment_loses_nothing_but_time(plain, tmp_path):
+    plain.build().save_pretrained(tmp_path / "model")
+    paths = [str(Path(package.__file__).parents[1]) for package in (ebft_kernels, ebft_trainer)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, killed_run.__file__, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-5000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert sum(attempt["status"] in (-signal.SIGKILL, -signal.SIGALRM) for attempt in report) >= killed_run.KILLS // 2
+    # A step is logged before it is saved.
+    assert all(attempt["newest"] in (attempt["last_step"] - 1, attempt["last_step"]) for attempt in report)
+    whole, killed = ((tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("whole", "killed"))
+    assert len(whole) == killed_run.STEPS and set(killed) == set(whole)
+    expected, found = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "killed"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_a_run_resumes_from_its_last_checkpoint(trainer):
+    whole = trainer()
+    whole.train()
+    resumed = trainer(max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed)[:4] == losses(whole) and len(losses(resumed)) == 6
+    finished = trainer(max_steps=6)
+    finished.train(resume_from_checkpoint=True)
+    assert finished.state.global_step == 6 and losses(finished) == losses(resumed)
+    assert equal(finished.model.state_dict(), resumed.model.state_dict())
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(trainer, tmp_path, monkeypatch):
+    results = {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}
+    run = trainer(
+        save_total_limit=2, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=False,
+    )  # fmt: skip
+    monkeypatch.setattr(run, "evaluate", lambda **_: {"eval_loss": results[run.state.global_step]})
+    run.train()
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert run.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-2")
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "run" / "checkpoint-2")
+    check_whole(tmp_path / "run" / "checkpoint-2")
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(trainer, tmp_path):
+    trainer(max_steps=2).train()
+    (tmp_path / "run" / "checkpoint-2" / "old").touch()
+    trainer(max_steps=2).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert not (tmp_path / "run" / "checkpoint-2" / "old").exists()
+    check_whole(tmp_path / "run" / "checkpoint-2")
+
+
+# The disk
+
+
+@contextmanager
+def largest_file(size: int):
+    """Writing beyond ``size`` bytes fails as on a full disk, in Python, C++ and Rust alike."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [100, 20_000, 250_000])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(trainer, tmp_path, size):
+    trainer(max_steps=1).train()
+    files = {path.name: path.stat().st_size for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
+    assert any(100 < n < 20_000 for n in files.values())
+    assert 20_000 < files["model.safetensors"] < 250_000 < files["optimizer.pt"]
+    message = "output_dir: cannot write checkpoint-2 to .*run' with .* GB free: .*; the last whole .* is .*checkpoint-1"
+    with pytest.raises(CheckpointError, match=message), largest_file(size):
+        trainer().train(resume_from_checkpoint=True)
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
+    check_whole(tmp_path / "run" / "checkpoint-1")
+    resumed = trainer(max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_set_up(trainer, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(
+            CheckpointError, match=f"output_dir: expected a folder that can be written to, got '{folder}'"
+        ):
+            trainer(output_dir=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda path: os.truncate(path / "optimizer.pt", 1000),
+            "is damaged: expected .* bytes of optimizer.pt, got 1000",
+        ),
+        (lambda path: (path / "rng_state.pth").unlink(), "is damaged: expected .* bytes of rng_state.pth, got no file"),
+        (
+            lambda path: flip(path / "model.safetensors"),
+            "is damaged: model.safetensors was changed after it was saved; other checkpoints there: checkpoint-1",
+        ),
+        (lambda path: (path / MANIFEST).unlink(), f"is not a whole checkpoint: no readable {MANIFEST}"),
+        (lambda path: (path / MANIFEST).write_text("{"), f"is not a whole checkpoint: no readable {MANIFEST}"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(trainer, tmp_path, damage, message):
+    trainer(max_steps=2).train()
+    damage(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(CheckpointError, match=f"resume_from_checkpoint: '.*checkpoint-2' {message}"):
+        trainer().train(resume_from_checkpoint=True)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_no_checkpoint_to_resume_from_is_an_error(trainer, tmp_path):
+    with pytest.raises(CheckpointError, match="resume_from_checkpoint: no checkpoint in "):
+        trainer().train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="resume_from_checkpoint: expected a checkpoint folder, got "):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
+
+
+# Not finite
+
+
+def poison(trainer: EBFTTrainer, *steps: int, by: float = math.inf, hidden: bool = False) -> None:
+    """Make the loss of the second micro-batch of some steps, or with ``hidden`` only its gradient, not finite."""
+    compute_loss, calls = trainer.compute_loss, []
+
+    class Poisoned(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(_ctx, gradient):
+            return gradient * by
+
+    def poisoned(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        calls.append(trainer.state.global_step)
+        if trainer.state.global_step not in steps or calls.count(trainer.state.global_step) != 2:
+            return loss
+        if hidden:
+            return Poisoned.apply(loss)
+        trainer._nonfinite_losses[-1] = ~(loss.detach() * by).isfinite()
+        return loss
+
+    trainer.compute_loss = poisoned
+
+
+class Weights(killed_run.TrainerCallback):
+    """A copy of the weights after each step."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_step_end(self, *_args, **others):
+        self.after.append(copy.deepcopy(others["model"].state_dict()))
+
+
+def equal(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("by", [math.inf, math.nan])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(trainer, hidden, by, max_grad_norm):
+    weights = Weights()
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": max_grad_norm, "save_strategy": "no"}
+    run = trainer([weights], per_device_train_batch_size=1, logging_steps=4, **options)
+    poison(run, 1, by=by, hidden=hidden)
+    run.train()
+    assert [equal(a, b) for a, b in zip(weights.after, weights.after[1:], strict=False)] == [True, False, False]
+    (line,) = (line for line in run.state.log_history if "loss" in line)
+    assert line["nonfinite_steps"] == 1
+    reference = trainer(per_device_train_batch_size=1, **options)
+    poison(reference, 1, by=by, hidden=hidden)
+    reference.train()
+    each = losses(reference)
+    assert math.isnan(each[1]) and all(map(math.isfinite, (each[0], *each[2:])))
+    assert line["loss"] == pytest.approx((each[0] + each[2] + each[3]) / 3)
+    assert math.isfinite(run.state.log_history[-1]["train_loss"])
+
+
+def test_too_many_steps_in_a_row_end_the_run_with_a_saved_state(trainer, tmp_path):
+    weights = Weights()
+    run = trainer([weights], max_steps=9, save_strategy="no", max_nonfinite_steps=3, gradient_accumulation_steps=2)
+    poison(run, 0, 1, 3, 4, 5)
+    with pytest.raises(
+        FloatingPointError, match=r"of 3 steps in a row; the state before them is saved as checkpoint-6 in "
+    ):
+        run.train()
+    assert checkpoints(tmp_path) == ["checkpoint-6"]
+    assert equal(weights.after[2], weights.after[5])
+    resumed = trainer([again := Weights()], max_steps=7, gradient_accumulation_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(again.after) == 1 and all(value.isfinite().all() for value in again.after[0].values())
+
+
+def test_a_step_that_cannot_be_skipped_ends_the_run(trainer):
+    run = trainer()
+    run.is_deepspeed_enabled = True
+    run._nonfinite_losses = [torch.tensor(False), torch.tensor(True)]
+    with pytest.raises(FloatingPointError, match="loss: expected finite numbers, got others in step 0"):
+        run._end_gradient(run.model)
+
+
+def test_with_a_gradient_scaler_only_the_loss_is_judged(trainer):
+    """The scaler looks for a scale by making gradients overflow, and skips those steps itself."""
+    run = trainer()
+    run.accelerator.scaler = torch.amp.GradScaler("cpu")
+    for parameter in run.model.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    for bad, left in ((False, True), (True, False)):
+        run._nonfinite_losses = [torch.tensor(bad)]
+        run._end_gradient(run.model)
+        assert all((parameter.grad is not None) == left for parameter in run.model.parameters())
