@@ -20,11 +20,10 @@ from ebft_kernels import select_impl
 from ebft_kernels.testing import randn
 
 from .measure import first_run, in_turn, machine_line
-from .problems import PROBLEMS, Contestant, Problem, errors
+from .problems import DIRECTIONS, FLOOR, PROBLEMS, Contestant, Problem, errors
 from .report import Row, markdown, plot, write_json
-from .shapes import MODELS, Geometry
+from .shapes import MODELS, Geometry, ModelShape
 
-DIRECTIONS = ("forward", "backward", "forward+backward")
 #: The prompt length and vocabulary at which results are checked.
 GATE_LENGTH, GATE_VOCAB = 72, 4096
 
@@ -42,15 +41,9 @@ def main() -> None:
     for op in arguments.op or PROBLEMS:
         print(f"{op}: impl='auto' takes {select_impl(op, device, dtype)!r}", flush=True)
         for name in arguments.model or ("llama-256",):
-            model = MODELS[name]
-            gate = PROBLEMS[op](
-                model._replace(vocab=min(model.vocab, GATE_VOCAB)),
-                geometry._replace(batch=2, length=GATE_LENGTH),
-                dtype,
-                device,
-            )
-            wrong = errors(gate)
-            rows += measure(PROBLEMS[op](model, geometry, dtype, device), wrong, device, arguments.direction)
+            wrong = gate(op, MODELS[name], geometry, dtype, device)
+            problem = PROBLEMS[op](MODELS[name], geometry, dtype, device)
+            rows += measure(problem, wrong, device, arguments.direction)
     arguments.output.mkdir(parents=True, exist_ok=True)
     text = markdown(machine, rows)
     print(text)
@@ -58,6 +51,12 @@ def main() -> None:
     (arguments.output / "results.md").write_text(text)
     plot(arguments.output / "results.png", machine, rows)
     print(f"wrote results.json, results.md and results.png to {arguments.output}")
+
+
+def gate(op: str, model: ModelShape, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+    """What is wrong with each contestant's results and gradients at a short length; "" where nothing is."""
+    model = model._replace(vocab=min(model.vocab, GATE_VOCAB))
+    return errors(PROBLEMS[op](model, geometry._replace(batch=2, length=GATE_LENGTH), dtype, device))
 
 
 def measure(
@@ -83,16 +82,18 @@ def measure(
             if not wrong.get(name)
         }
         firsts = {name: first_run(run, device) for name, run in runs.items()}
-        times = in_turn(runs, device=device)
+        times = in_turn(runs | {FLOOR: problem.floor(direction)}, device=device)
+        about = {"op": problem.op, "shape": problem.shape, "direction": direction}
+        about |= {"unit": problem.unit, "formula": problem.formula}
         for name in entries:
-            same = {"op": problem.op, "shape": problem.shape, "direction": direction, "contestant": name}
-            same |= {"unit": problem.unit, "formula": problem.formula}
+            same = about | {"contestant": name}
             if name not in runs:
                 yield Row(**same, error=wrong[name])
                 continue
             rate = work / times[name].median if entries[name].exact else None
             first = firsts[name]
             yield Row(**same, **times[name]._asdict(), first=first.seconds, peak_bytes=first.peak_bytes, rate=rate)
+        yield Row(**about, contestant=FLOOR, **times[FLOOR]._asdict(), rate=work / times[FLOOR].median)
 
 
 def _prepared(contestant: Contestant, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], object]:

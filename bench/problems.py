@@ -7,7 +7,7 @@ results back is not timed, but differentiable: so one check covers results and g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,15 @@ import ebft_kernels
 from ebft_kernels import available_impls
 from ebft_kernels.testing import attention_inputs, eager_attention, error_budget, feature_inputs, randn
 
+from . import floors
 from .baselines import attention, features
+from .floors import Pairs, Work
 from .shapes import Geometry, ModelShape, visible_pairs
 
 Tensors = tuple[Tensor, ...]
+#: Name of the row with the time of a problem's unavoidable work, and of a contestant that the targets speak of.
+FLOOR, SDPA_PER_SAMPLE = "floor", "SDPA, dense mask, one row per sample"
+DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
 class Contestant(NamedTuple):
@@ -55,6 +60,7 @@ class Problem(NamedTuple):
         work: operations or bytes of the forward pass that no one can avoid.
         work_backward: likewise of the backward pass; 0: there is none.
         formula: of ``work``, in words.
+        floor: from a direction, one of ``DIRECTIONS``, to that work done bare; see `bench.floors`.
     """
 
     op: str
@@ -67,6 +73,7 @@ class Problem(NamedTuple):
     work: int
     work_backward: int
     formula: str
+    floor: Callable[[str], Work]
 
 
 def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -98,12 +105,10 @@ def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
     contestants |= {
         "eager, dense mask": Contestant(lambda q, k, v: attention.eager(q, k, v, mask)),
         "SDPA, dense mask": Contestant(lambda q, k, v: attention.sdpa(q, k, v, mask)),
-        "SDPA, dense mask, one row per sample": Contestant(
-            lambda q, k, v: attention.sdpa(q, k, v, reference_mask), **in_reference_order
-        ),
+        SDPA_PER_SAMPLE: Contestant(lambda q, k, v: attention.sdpa(q, k, v, reference_mask), **in_reference_order),
         "FlexAttention, packed": flex(attention.flex_packed_mask),
         "FlexAttention, one row per sample": flex(attention.flex_reference_mask, **in_reference_order),
-        "floor: causal SDPA, prompt alone": Contestant(
+        "causal SDPA, prompt alone (no rollouts)": Contestant(
             lambda q, k, v: attention.sdpa_prompt(q, k, v, layout.length), exact=False
         ),
     }
@@ -122,6 +127,9 @@ def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         work=work,
         work_backward=work * 5 // 2,
         formula="4 D H visible pairs; backward 2.5 times that",
+        floor=lambda direction: floors.attention(
+            [Pairs.of(layout)], **_heads(model, dtype, device), **_passes(direction)
+        ),
     )
 
 
@@ -160,6 +168,7 @@ def attention_step_problem(model: ModelShape, geometry: Geometry, dtype: torch.d
         work=pairs * model.heads * 4 * model.head_dim,
         work_backward=0,
         formula="4 D H visible pairs",
+        floor=lambda _: floors.attention([Pairs.of_step(layout, step)], **_heads(model, dtype, device)),
     )
 
 
@@ -174,7 +183,8 @@ def pooling_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, d
     }
     contestants["plain PyTorch"] = Contestant(lambda *hidden: features.pool_last_token(list(hidden), layout))
     vectors = layout.batch_size * layout.num_anchors * (layout.samples + 1)
-    element, written = inputs[0].element_size(), torch.promote_types(dtype, torch.float32).itemsize
+    read = vectors * model.features * inputs[0].element_size()
+    written = vectors * model.features * torch.promote_types(dtype, torch.float32).itemsize
     return Problem(
         op="pool_features",
         shape=f"{model.name}, {geometry}, last token, {model.tapped} layers",
@@ -183,9 +193,10 @@ def pooling_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, d
         oracle=lambda inputs: features.pool_last_token(list(inputs), layout),
         eager=(lambda inputs: features.pool_last_token(list(inputs), layout),),
         unit="B",
-        work=vectors * model.features * (element + written),
-        work_backward=vectors * model.features * (element + written) + sum(x.nbytes for x in inputs),
+        work=read + written,
+        work_backward=read + written + sum(x.nbytes for x in inputs),
         formula="rows read once, features written once; backward: both read, every gradient written",
+        floor=_bytes((read, written), (read + written, sum(x.nbytes for x in inputs)), device),
     )
 
 
@@ -200,6 +211,7 @@ def loss_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, devi
         for impl in _impls("mean_embedding_loss", device, dtype)
     }
     contestants["plain PyTorch"] = Contestant(features.mean_embedding_loss)
+    read = sum(x.nbytes for x in inputs)
     return Problem(
         op="mean_embedding_loss",
         shape=f"{model.name}, {geometry}, F={model.features}",
@@ -208,9 +220,10 @@ def loss_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, devi
         oracle=lambda inputs: (features.mean_embedding_loss(*inputs),),
         eager=(lambda inputs: (features.mean_embedding_loss(*inputs),),),
         unit="B",
-        work=sum(x.nbytes for x in inputs),
-        work_backward=2 * sum(x.nbytes for x in inputs),
+        work=read,
+        work_backward=2 * read,
         formula="features read once; backward: read once, gradients written once",
+        floor=_bytes((read, 0), (read, read), device),
     )
 
 
@@ -229,6 +242,7 @@ def matching_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, 
     }
     contestants["batched SVD"] = Contestant(features.match_by_batched_svd, differentiable=False)
     contestants["SVD loop over anchors"] = Contestant(features.match_by_svd_loop, differentiable=False)
+    read = sum(x.nbytes for x in inputs)
     return Problem(
         op="feature_matching",
         shape=f"{model.name}, {geometry}, F={model.features}, whitening sample",
@@ -237,9 +251,10 @@ def matching_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, 
         oracle=lambda inputs: tuple(features.match_by_batched_svd(*inputs)),
         eager=(lambda inputs: tuple(features.match_by_batched_svd(*inputs)),),
         unit="B",
-        work=sum(x.nbytes for x in inputs),
+        work=read,
         work_backward=0,
         formula="features read once",
+        floor=_bytes((read, 0), (0, 0), device),
     )
 
 
@@ -254,7 +269,6 @@ def log_probs_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         for impl in _impls("linear_log_probs", device, dtype)
     }
     contestants["full logits"] = Contestant(lambda h, w: features.full_log_probs(h, w, targets))
-    contestants["floor: the product alone"] = Contestant(lambda h, w: h @ w.T, exact=False)
     work = 2 * rows * model.vocab * model.hidden
     return Problem(
         op="linear_log_probs",
@@ -267,7 +281,33 @@ def log_probs_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         work=work,
         work_backward=2 * work,
         formula="2 T C V; backward twice that (recomputing the logits is not counted)",
+        floor=lambda direction: floors.linear([(weight, rows)], **_passes(direction)),
     )
+
+
+def _heads(model: ModelShape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    return {
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "dtype": dtype,
+        "device": device,
+    }
+
+
+def _passes(direction: str) -> dict[str, bool]:
+    return {"forward": direction != "backward", "backward": direction != "forward"}
+
+
+def _bytes(forward: tuple[int, int], backward: tuple[int, int], device: torch.device) -> Callable[[str], Work]:
+    """The floor of an op that reads and writes so many bytes in each pass."""
+
+    def floor(direction: str) -> Work:
+        passes = [forward] * (direction != "backward") + [backward] * (direction != "forward")
+        works = [floors.copied(read, written, device) for read, written in passes]
+        return lambda: [work() for work in works]
+
+    return floor
 
 
 PROBLEMS: dict[str, Callable[[ModelShape, Geometry, torch.dtype, torch.device], Problem]] = {

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .problems import FLOOR
+
 
 @dataclass(frozen=True)
 class Row:
@@ -39,25 +41,31 @@ def write_json(path: Path, machine: str, rows: Iterable[Row]) -> None:
 
 
 def markdown(machine: str, rows: Sequence[Row]) -> str:
-    """One table per problem and direction. The last column: how many times longer than the fastest of this library."""
+    """One table per problem and direction. Last: times over those of the fastest of this library, and of the floor."""
     lines = [machine]
     for key in dict.fromkeys((row.op, row.shape, row.direction) for row in rows):
         group = [row for row in rows if (row.op, row.shape, row.direction) == key]
         ours = min((row.median for row in group if row.median and row.contestant.startswith("ebft")), default=None)
+        floor = next(row.median for row in group if row.contestant == FLOOR)
         lines += ["", f"### {key[0]}, {key[2]}", "", f"{key[1]}. {group[0].unit}/s: {group[0].formula}.", ""]
-        lines += ["| | median | p20 - p80 | first run | peak extra memory | rate | x ebft |", "| --- |" + " ---: |" * 6]
-        lines += [_line(row, ours) for row in group]
+        lines += [
+            "| | median | p20 - p80 | first run | peak extra memory | rate | x ebft | x floor |",
+            "| --- |" + " ---: |" * 7,
+        ]
+        lines += [_line(row, ours, floor) for row in group]
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Row, ours: float | None) -> str:
+def _line(row: Row, ours: float | None, floor: float) -> str:
     if row.median is None:
-        return f"| {row.contestant} | {row.error} | | | | | |"
+        return f"| {row.contestant} | {row.error} | | | | | | |"
     spread = f"{_seconds(row.p20)} - {_seconds(row.p80)}"
     times = f"{row.median / ours:.2f}" if ours else ""
     rate = f"{row.rate / 1e9:.1f} G{row.unit}/s" if row.rate else ""
-    memory = f"{row.peak_bytes / 2**20:.0f} MiB"
-    cells = (row.contestant, _seconds(row.median), spread, _seconds(row.first), memory, rate, times)
+    memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
+    first = "" if row.first is None else _seconds(row.first)
+    floors = f"{row.median / floor:.2f}"
+    cells = (row.contestant, _seconds(row.median), spread, first, memory, rate, times, floors)
     return "| " + " | ".join(cells) + " |"
 
 

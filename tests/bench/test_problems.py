@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.__main__ import measure
-from bench.problems import PROBLEMS, Contestant, errors
+from bench.problems import FLOOR, PROBLEMS, Contestant, errors
 from bench.report import markdown, plot, write_json
 from bench.shapes import Geometry, ModelShape, visible_pairs
 from ebft_kernels import StridedLayout
@@ -78,7 +78,9 @@ def test_what_is_written(tmp_path):
     made = problem("feature_matching")
     rows = [*measure(made, {"batched SVD": "tensor 0: wrong"}, CPU)]
     assert {row.direction for row in rows} == {"forward"}
+    assert rows[-1].contestant == FLOOR and rows[-1].median > 0
     text = markdown("the machine", rows)
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     assert "| batched SVD | tensor 0: wrong |" in text and "### feature_matching, forward" in text
     write_json(tmp_path / "rows.json", "the machine", rows)
     read = json.loads((tmp_path / "rows.json").read_text())
