@@ -16,13 +16,16 @@ the forward pass (attention: five for two). It holds no softmax, norm, activatio
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +35,20 @@ from ebft_trainer.config import EBFTOptions
 from ebft_trainer.features import FeatureNetwork, layer_numbers
 from ebft_trainer.step import ebft_step
 
-from . import floors
+from . import floors, peers
 from .baselines.published import published_step
 from .floors import Pairs, Work
 from .measure import machine_line, reset_peak_resident, resident_bytes
+from .peers.agreement import disagreements
 from .shapes import MODELS, Geometry, ModelShape
 
 PHASES = ("rollout", "features", "matching", "policy", "backward")
 OURS, PUBLISHED, FLOOR = "ebft-kernels", "published algorithm", "floor"
 #: Contestants and the attention that the published algorithm's model runs with.
 PUBLISHED_ATTENTION = {PUBLISHED: "eager", f"{PUBLISHED}, SDPA": "sdpa"}
+
+#: Anchors, but for one, of the prompt on which peers are checked.
+CHECKED_ANCHORS = 7
 
 #: Seconds by contestant (and of the floor) and phase.
 Seconds = dict[str, dict[str, float]]
@@ -58,21 +65,31 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds after one warm-up")
     parser.add_argument("--against", action="append", choices=["nobody", *PUBLISHED_ATTENTION], help="default: all")
+    parser.add_argument("--peer", action="append", metavar="NAME=DIR", type=_peer, help=f"one of {peers.NAMES}")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shape = MODELS[arguments.model]
     shape = shape._replace(vocab=arguments.vocab or shape.vocab)
-    setup = Setup(shape, Geometry(batch=arguments.batch, length=arguments.length), getattr(torch, arguments.dtype))
+    geometry, checkouts = Geometry(batch=arguments.batch, length=arguments.length), dict(arguments.peer or [])
+    setup = Setup(shape, geometry, getattr(torch, arguments.dtype), checkouts)
     if arguments.memory_of:
         print(json.dumps(setup.peak_bytes(arguments.memory_of)))
         return
-    names = [OURS, *(name for name in arguments.against or PUBLISHED_ATTENTION if name != "nobody")]
+    names = [OURS, *(name for name in arguments.against or PUBLISHED_ATTENTION if name != "nobody"), *checkouts]
+    setup.check_peers()
     print(f"{shape.name}, V={shape.vocab}, {setup.geometry}, S={setup.layout.packed_length}, {arguments.dtype}")
     print(machine_line(torch.device("cpu")))
     seconds = setup.time(names, arguments.rounds)
     peaks = {name: peak_in_own_process(name, sys.argv[1:]) for name in names}
     print("\n" + table(seconds, peaks))
+
+
+def _peer(argument: str) -> tuple[str, Path]:
+    try:
+        return peers.parse(argument)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Setup:
@@ -82,9 +99,12 @@ class Setup:
         shape: of the model, a Llama.
         geometry: of the batch.
         dtype: of the weights.
+        peers: checkouts of other implementations by name, see `bench.peers`.
     """
 
-    def __init__(self, shape: ModelShape, geometry: Geometry, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: ModelShape, geometry: Geometry, dtype: torch.dtype, peers: Mapping[str, Path] | None = None
+    ) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=shape.vocab,
@@ -103,6 +123,7 @@ class Setup:
         )
         self.prompt = torch.randint(shape.vocab, (geometry.batch, geometry.length))
         self._features: FeatureNetwork | None = None
+        self._checkouts, self._peers = dict(peers or {}), {}
 
     @property
     def features(self) -> FeatureNetwork:
@@ -111,8 +132,34 @@ class Setup:
             self._features = FeatureNetwork(self.model, self.options.feature_layers)
         return self._features
 
-    def run(self, name: str) -> tuple[Tensor, dict[str, float]]:
-        """One step and its backward pass, the gradients left in the model: loss and seconds by phase."""
+    def peer(self, name: str) -> Any:
+        """The peer of that name, with a copy of the model."""
+        if name not in self._peers:
+            made = peers.adapter(name).Peer(self._checkouts[name], self.model, self.layout, self.options)
+            self._peers[name] = made
+        return self._peers[name]
+
+    def check_peers(self) -> None:
+        """Compare every peer with the library at a short length.
+
+        Raises:
+            RuntimeError: they differ; says in what.
+        """
+        geometry = self.geometry
+        short = geometry._replace(length=geometry.context + geometry.horizon + CHECKED_ANCHORS * geometry.stride)
+        for name, directory in self._checkouts.items():
+            make = functools.partial(peers.adapter(name).Peer, directory)
+            prompt = self.prompt[:, : short.length]
+            if found := disagreements(make, self.model, prompt, short.layout(), self.options):
+                raise RuntimeError(f"{name}: {'; '.join(found)}")
+
+    def run(self, name: str) -> tuple[Tensor | None, dict[str, float]]:
+        """One step and its backward pass, the gradients left in the model: loss and seconds by phase.
+
+        Peers draw other rollouts, so their loss is another one, and None here.
+        """
+        if name in self._checkouts:
+            return None, self.peer(name).step(self.prompt).seconds
         self.model.zero_grad(set_to_none=True)
         generator = torch.Generator().manual_seed(0)
         if name == OURS:
@@ -152,13 +199,15 @@ class Setup:
         to about the rounding of the model's features, whatever its own size."""
         allowed = math.sqrt(torch.finfo(self.model.dtype).eps)
         for name, loss in losses.items():
-            if not abs(float(loss - losses[OURS])) <= allowed:
+            if loss is not None and not abs(float(loss - losses[OURS])) <= allowed:
                 raise RuntimeError(f"{name}: loss {float(loss):.6g}, but {OURS} has {float(losses[OURS]):.6g}")
 
     def peak_bytes(self, name: str) -> int:
         """Peak memory of one step above the loaded models; to be called first in a process."""
         if name == OURS:
             _ = self.features
+        elif name in self._checkouts:
+            self.peer(name)
         loaded = resident_bytes("VmRSS")
         reset_peak_resident()
         self.run(name)
