@@ -20,6 +20,8 @@ from .shapes import MODELS, Geometry, ModelShape
 from .step import Setup
 
 IMPLEMENTATIONS = ("sdpa", "strided")
+#: Spent on each kind of run: differences of a percent need many.
+SECONDS = 15.0
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
         print(f"| {name} | {plain:.4f} s | {registered:.4f} s | {registered / plain:.3f} |")
 
 
-def times(model: ModelShape, geometry: Geometry, seconds: float = 12.0) -> dict[str, tuple[float, float]]:
+def times(model: ModelShape, geometry: Geometry) -> dict[str, tuple[float, float]]:
     """Median seconds under "sdpa" and "strided" of a forward without gradients, the same with right padding, and a
     training step's forward and backward."""
     setup = Setup(model, geometry, torch.float32)
@@ -52,7 +54,7 @@ def times(model: ModelShape, geometry: Geometry, seconds: float = 12.0) -> dict[
     found = {}
     for name, run in work.items():
         runs = {attention: _under(setup, attention, run) for attention in IMPLEMENTATIONS}
-        medians = in_turn(runs, device=torch.device("cpu"), seconds=seconds, least=5, most=200)
+        medians = in_turn(runs, device=torch.device("cpu"), seconds=SECONDS, least=5, most=200)
         found[name] = tuple(medians[attention].median for attention in IMPLEMENTATIONS)
     return found
 

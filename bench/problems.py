@@ -24,6 +24,8 @@ from .shapes import Geometry, ModelShape, visible_pairs
 Tensors = tuple[Tensor, ...]
 #: Name of the row with the time of a problem's unavoidable work, and of a contestant that the targets speak of.
 FLOOR, SDPA_PER_SAMPLE = "floor", "SDPA, dense mask, one row per sample"
+#: First word of the names of this library's contestants; the second is the implementation.
+OURS = "ebft"
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
@@ -75,6 +77,10 @@ class Problem(NamedTuple):
     formula: str
     floor: Callable[[str], Work]
 
+    def work_of(self, direction: str) -> int:
+        """Operations or bytes of one of ``DIRECTIONS``."""
+        return self.work * (direction != "backward") + self.work_backward * (direction != "forward")
+
 
 def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Problem:
     """One layer's strided attention."""
@@ -97,7 +103,7 @@ def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         return Contestant(run, differentiable=not on_cpu, **options)  # FlexAttention has no backward pass on a CPU
 
     contestants = {
-        f"ebft {impl}": Contestant(
+        f"{OURS} {impl}": Contestant(
             lambda q, k, v, impl=impl: ebft_kernels.strided_attention(q, k, v, layout, impl=impl)
         )
         for impl in _impls("strided_attention", device, dtype)
@@ -148,7 +154,7 @@ def attention_step_problem(model: ModelShape, geometry: Geometry, dtype: torch.d
     q, k, v = attention_inputs(layout, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=dtype)
     q = layout.step_rows(q.transpose(1, 2), step).transpose(1, 2).contiguous()
     contestants = {
-        f"ebft {impl}": Contestant(
+        f"{OURS} {impl}": Contestant(
             lambda q, k, v, impl=impl: ebft_kernels.strided_attention_step(q, k, v, layout, step, impl=impl),
             differentiable=False,
         )
@@ -178,7 +184,7 @@ def pooling_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, d
     size = (layout.batch_size, layout.packed_length, model.hidden)
     inputs = tuple(randn(*size, seed=layer, dtype=dtype, device=device) for layer in range(model.tapped))
     contestants = {
-        f"ebft {impl}": Contestant(lambda *hidden, impl=impl: ebft_kernels.pool_features(hidden, layout, impl=impl))
+        f"{OURS} {impl}": Contestant(lambda *hidden, impl=impl: ebft_kernels.pool_features(hidden, layout, impl=impl))
         for impl in _impls("pool_features", device, dtype)
     }
     contestants["plain PyTorch"] = Contestant(lambda *hidden: features.pool_last_token(list(hidden), layout))
@@ -207,7 +213,7 @@ def loss_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, devi
         layout.batch_size, layout.num_anchors, layout.samples, model.features, dtype=dtype, device=device
     )
     contestants = {
-        f"ebft {impl}": Contestant(lambda x, y, impl=impl: ebft_kernels.mean_embedding_loss(x, y, impl=impl))
+        f"{OURS} {impl}": Contestant(lambda x, y, impl=impl: ebft_kernels.mean_embedding_loss(x, y, impl=impl))
         for impl in _impls("mean_embedding_loss", device, dtype)
     }
     contestants["plain PyTorch"] = Contestant(features.mean_embedding_loss)
@@ -234,7 +240,7 @@ def matching_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, 
         layout.batch_size, layout.num_anchors, layout.samples, model.features, dtype=dtype, device=device
     )
     contestants = {
-        f"ebft {impl}": Contestant(
+        f"{OURS} {impl}": Contestant(
             lambda x, y, impl=impl: ebft_kernels.feature_matching(x, y, whitening="sample", impl=impl),
             differentiable=False,
         )
@@ -265,7 +271,7 @@ def log_probs_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
     weight = randn(model.vocab, model.hidden, seed=1, dtype=dtype, device=device) * model.hidden**-0.5
     targets = torch.arange(rows, device=device) * 7919 % model.vocab
     contestants = {
-        f"ebft {impl}": Contestant(lambda h, w, impl=impl: ebft_kernels.linear_log_probs(h, w, targets, impl=impl))
+        f"{OURS} {impl}": Contestant(lambda h, w, impl=impl: ebft_kernels.linear_log_probs(h, w, targets, impl=impl))
         for impl in _impls("linear_log_probs", device, dtype)
     }
     contestants["full logits"] = Contestant(lambda h, w: features.full_log_probs(h, w, targets))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .problems import FLOOR
+from .problems import FLOOR, OURS
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Row:
     """One contestant at one problem and direction. Without a time where it was wrong or failed: ``error`` says why.
 
     Attributes:
-        median, p20, p80, first: seconds; ``first`` is the first run, compilation included.
+        median, p20, p80: seconds.
+        cold: seconds of the first forward in the process, compilation included.
         peak_bytes: most memory held beyond the inputs.
         rate: FLOP/s or B/s: the unavoidable work over the median.
     """
@@ -28,28 +29,29 @@ class Row:
     median: float | None = None
     p20: float | None = None
     p80: float | None = None
-    first: float | None = None
+    cold: float | None = None
     peak_bytes: int | None = None
     rate: float | None = None
     unit: str = ""
     formula: str = ""
 
 
-def write_json(path: Path, machine: str, rows: Iterable[Row]) -> None:
+def write_json(path: Path, machine: str, choices: Mapping[str, str], rows: Iterable[Row]) -> None:
     """Everything, for other programs."""
-    path.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    content = {"machine": machine, "choices": dict(choices), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def markdown(machine: str, rows: Sequence[Row]) -> str:
+def markdown(machine: str, choices: Mapping[str, str], rows: Sequence[Row]) -> str:
     """One table per problem and direction. Last: times over those of the fastest of this library, and of the floor."""
-    lines = [machine]
+    lines = [machine, "", *(f"* {text}" for text in choices.values())]
     for key in dict.fromkeys((row.op, row.shape, row.direction) for row in rows):
         group = [row for row in rows if (row.op, row.shape, row.direction) == key]
-        ours = min((row.median for row in group if row.median and row.contestant.startswith("ebft")), default=None)
+        ours = min((row.median for row in group if row.median and row.contestant.startswith(OURS)), default=None)
         floor = next(row.median for row in group if row.contestant == FLOOR)
         lines += ["", f"### {key[0]}, {key[2]}", "", f"{key[1]}. {group[0].unit}/s: {group[0].formula}.", ""]
         lines += [
-            "| | median | p20 - p80 | first run | peak extra memory | rate | x ebft | x floor |",
+            "| | median | p20 - p80 | cold | peak extra memory | rate | x ebft | x floor |",
             "| --- |" + " ---: |" * 7,
         ]
         lines += [_line(row, ours, floor) for row in group]
@@ -63,9 +65,9 @@ def _line(row: Row, ours: float | None, floor: float) -> str:
     times = f"{row.median / ours:.2f}" if ours else ""
     rate = f"{row.rate / 1e9:.1f} G{row.unit}/s" if row.rate else ""
     memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
-    first = "" if row.first is None else _seconds(row.first)
+    cold = "" if row.cold is None else _seconds(row.cold)
     floors = f"{row.median / floor:.2f}"
-    cells = (row.contestant, _seconds(row.median), spread, first, memory, rate, times, floors)
+    cells = (row.contestant, _seconds(row.median), spread, cold, memory, rate, times, floors)
     return "| " + " | ".join(cells) + " |"
 
 
@@ -83,7 +85,7 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     for axis, key in zip(axes[:, 0], keys, strict=True):
         group = [row for row in rows if (row.op, row.shape, row.direction) == key and row.median]
         names = [row.contestant for row in group]
-        colors = ["tab:blue" if name.startswith("ebft") else "tab:gray" for name in names]
+        colors = ["tab:blue" if name.startswith(OURS) else "tab:gray" for name in names]
         axis.barh(names, [row.median for row in group], color=colors)
         axis.set(xscale="log", xlabel="seconds")
         axis.set_title(f"{key[0]}, {key[2]}: {key[1]}", fontsize=9)
