@@ -16,7 +16,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 from ._documents import DOCS, write
 
@@ -36,7 +35,9 @@ def main() -> None:
         print(command, flush=True)
         if not arguments.list:
             start = time.perf_counter()
-            write(DOCUMENT, updated(DOCUMENT.read_text(encoding="utf-8"), command, output_of))
+            output = output_of(command)
+            if output is not None:
+                write(DOCUMENT, updated(DOCUMENT.read_text(encoding="utf-8"), command, output))
             print(f"    {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -45,11 +46,8 @@ def commands(text: str) -> list[str]:
     return [match["command"] for match in _BLOCK.finditer(text)]
 
 
-def updated(text: str, command: str, run: Callable[[str], str | None]) -> str:
-    """The document with the output of ``command`` as ``run`` gives it now; None leaves it as it is."""
-    output = run(command)
-    if output is None:
-        return text
+def updated(text: str, command: str, output: str) -> str:
+    """The document with another output of ``command``."""
 
     def block(match: re.Match[str]) -> str:
         return f"{match[1]}\n{output.strip()}\n\n{match[4]}" if match["command"] == command else match[0]

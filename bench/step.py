@@ -1,11 +1,12 @@
 """One whole training step beside the published algorithm and beside the matrix products that it cannot avoid.
 
     python -m bench.step [--model llama-256] [--length 1024] [--vocab 32768] [--threads 2] [--rounds 3]
-                         [--against nobody]
+                         [--against nobody] [--peer ebft_openrlhf=DIR]
 
 Both run on the same random weights with the same random numbers, and their losses are compared before anything is
-reported. Times are medians of rounds in which everyone runs in turn in one process. Peak memory is taken in a process
-of its own for each, above what the loaded models hold.
+reported; peers (bench/peers), which draw numbers of their own, are compared with the library before. Times are medians
+of rounds in which everyone runs in turn in one process. Peak memory is taken in a process of its own for each, above
+what the loaded models hold.
 
 The floor (bench/floors.py): the products of the linear layers over every row that a phase must run, the vocabulary head
 on the rows that are sampled or scored, queries times keys and probabilities times values at exactly the visible
@@ -78,8 +79,8 @@ def main() -> None:
         return
     names = [OURS, *(name for name in arguments.against or PUBLISHED_ATTENTION if name != "nobody"), *checkouts]
     setup.check_peers()
-    print(f"{shape.name}, V={shape.vocab}, {setup.geometry}, S={setup.layout.packed_length}, {arguments.dtype}")
-    print(machine_line(torch.device("cpu")))
+    about = f"{shape.name}, V={shape.vocab}, {setup.geometry}, S={setup.layout.packed_length}, {arguments.dtype}"
+    print(f"{about}. {machine_line(torch.device('cpu'))}")
     seconds = setup.time(names, arguments.rounds)
     peaks = {name: peak_in_own_process(name, sys.argv[1:]) for name in names}
     print("\n" + table(seconds, peaks))
@@ -99,11 +100,11 @@ class Setup:
         shape: of the model, a Llama.
         geometry: of the batch.
         dtype: of the weights.
-        peers: checkouts of other implementations by name, see `bench.peers`.
+        checkouts: folders of other implementations by name, see `bench.peers`.
     """
 
     def __init__(
-        self, shape: ModelShape, geometry: Geometry, dtype: torch.dtype, peers: Mapping[str, Path] | None = None
+        self, shape: ModelShape, geometry: Geometry, dtype: torch.dtype, checkouts: Mapping[str, Path] | None = None
     ) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
@@ -123,7 +124,7 @@ class Setup:
         )
         self.prompt = torch.randint(shape.vocab, (geometry.batch, geometry.length))
         self._features: FeatureNetwork | None = None
-        self._checkouts, self._peers = dict(peers or {}), {}
+        self._checkouts, self._peers = dict(checkouts or {}), {}
 
     @property
     def features(self) -> FeatureNetwork:
