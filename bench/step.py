@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="prompt tokens P")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds after one warm-up")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds")
     parser.add_argument("--against", action="append", choices=["nobody", *PUBLISHED_ATTENTION], help="default: all")
     parser.add_argument("--peer", action="append", metavar="NAME=DIR", type=_peer, help=f"one of {peers.NAMES}")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -175,18 +175,20 @@ class Setup:
         return step.loss.detach(), seconds | {"backward": _timed(step.loss.backward)}
 
     def time(self, names: Sequence[str], rounds: int) -> Seconds:
-        """Everyone and the floor in turn, ``rounds`` times after one warm-up.
+        """Medians of everyone and of the floor, in turn.
 
-        Published steps take minutes where the library's take seconds: they need no warm-up and get none.
+        The library and the floor run thrice in each round, after one warm-up. The others run once: their steps take
+        minutes, so that they spread less and need no warm-up.
 
         Raises:
             RuntimeError: the contestants' losses differ by more than rounding can explain.
         """
         works = self._floor()
         seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in [*names, FLOOR]}
-        for count in range(rounds + 1):
+        turns = [[OURS], *([OURS], names, [OURS]) * rounds]
+        for count, turn in enumerate(turns):
             losses = {}
-            for name in names if count else [x for x in names if x == OURS]:
+            for name in turn:
                 losses[name], phases = self.run(name)
                 for phase, value in phases.items():
                     seconds[name][phase] += [value] * (count > 0)
