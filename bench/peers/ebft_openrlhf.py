@@ -200,7 +200,8 @@ def load(directory: Path) -> SimpleNamespace:
     import peft  # noqa: F401 (with transformers, it looks for some of what is stood in for: not after this)
     import transformers.integrations.deepspeed  # noqa: F401
 
-    with _standing_in(directory):
+    # What is the standard output now is where it will log its progress.
+    with _standing_in(directory), contextlib.redirect_stdout(sys.stderr):
         return SimpleNamespace(**{name: importlib.import_module(module) for name, module in _MODULES.items()})
 
 
