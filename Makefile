@@ -4,13 +4,26 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench bench-docs lint format clean
 
 demo: $(READY)
 	$(BIN)/ebft-train demo --output demo-output --overwrite
 
 test: lint
 	$(BIN)/python -m pytest
+
+# A selection for a CPU, some minutes; results, tables and plots in bench-output.
+bench: $(READY)
+	mkdir -p bench-output
+	$(BIN)/python -m pytest bench/suites --benchmark-json=bench-output/suites.json
+	$(BIN)/python -m bench --model demo --length 512
+	$(BIN)/python -m bench.step --model demo --length 512 --rounds 1
+	$(BIN)/python -m bench.plain_forward --model demo --length 512
+	$(BIN)/python -m bench.growth --axis length --axis samples --points 3
+
+# Runs every command in docs/benchmarks.md (half an hour) and writes its output there.
+bench-docs: $(READY)
+	$(BIN)/python -m bench.document
 
 lint: $(READY)
 	$(BIN)/ruff check .

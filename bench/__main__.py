@@ -4,27 +4,35 @@
     python -m bench --op strided_attention --model Qwen2.5-1.5B --length 1024 --batch 8 --dtype bfloat16 --device cuda
 
 Everyone is first checked, results and gradients, against float64 at a short length; who is wrong gets no time. Then all
-are timed in turn in one process. Writes results.json, results.md and results.png to the output folder.
+are timed in turn in one process, beside the floor (bench/floors.py). "cold" is the first forward of the process, at
+that short length, with nothing found that was compiled earlier. On a GPU, times are between events, and its cache is
+overwritten before each run. Writes results.json, results.md and results.png to the output folder.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from ebft_kernels import select_impl
+from ebft_kernels._dispatch import OPS, why_not
 from ebft_kernels.testing import randn
 
 from .measure import first_run, in_turn, machine_line
-from .problems import PROBLEMS, Contestant, Problem, errors
+from .problems import DIRECTIONS, FLOOR, PROBLEMS, Contestant, Problem, errors
 from .report import Row, markdown, plot, write_json
-from .shapes import MODELS, Geometry
+from .shapes import MODELS, Geometry, ModelShape
 
-DIRECTIONS = ("forward", "backward", "forward+backward")
 #: The prompt length and vocabulary at which results are checked.
 GATE_LENGTH, GATE_VOCAB = 72, 4096
 
@@ -37,65 +45,104 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     geometry = Geometry(batch=arguments.batch, length=arguments.length, samples=arguments.samples)
     machine = f"{machine_line(device)}, {arguments.dtype}"
-    print(machine)
     rows: list[Row] = []
-    for op in arguments.op or PROBLEMS:
-        print(f"{op}: impl='auto' takes {select_impl(op, device, dtype)!r}", flush=True)
-        for name in arguments.model or ("llama-256",):
-            model = MODELS[name]
-            gate = PROBLEMS[op](
-                model._replace(vocab=min(model.vocab, GATE_VOCAB)),
-                geometry._replace(batch=2, length=GATE_LENGTH),
-                dtype,
-                device,
-            )
-            wrong = errors(gate)
-            rows += measure(PROBLEMS[op](model, geometry, dtype, device), wrong, device, arguments.direction)
+    choices = {op: choice(op, device, dtype) for op in arguments.op or PROBLEMS}
+    with compiling_anew():
+        for op in choices:
+            print(choices[op], file=sys.stderr, flush=True)
+            for name in arguments.model or ("llama-256",):
+                passed = gate(op, MODELS[name], geometry, dtype, device)
+                problem = PROBLEMS[op](MODELS[name], geometry, dtype, device)
+                rows += measure(problem, passed, device, arguments.direction)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    text = markdown(machine, rows)
+    text = markdown(machine, choices, rows)
     print(text)
-    write_json(arguments.output / "results.json", machine, rows)
+    write_json(arguments.output / "results.json", machine, choices, rows)
     (arguments.output / "results.md").write_text(text)
     plot(arguments.output / "results.png", machine, rows)
-    print(f"wrote results.json, results.md and results.png to {arguments.output}")
+    print(f"wrote results.json, results.md and results.png to {arguments.output}", file=sys.stderr)
+
+
+def choice(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Which implementation the library takes by itself, and why none that it would rather take."""
+    chosen, (_, impls) = select_impl(op, device, dtype), OPS[op]
+    reasons = [f"not {x!r}: {why_not(x, device, dtype)}" for x in impls[: impls.index(chosen)]]
+    return f"{op}: impl='auto' takes {chosen!r}" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
+@contextlib.contextmanager
+def compiling_anew() -> Iterator[None]:
+    """Inside, nothing that Triton or Inductor compiled in an earlier process is found."""
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, dict.fromkeys(names, folder)):
+        yield
+
+
+class Gate(NamedTuple):
+    """What was seen at a short length, by contestant.
+
+    Attributes:
+        wrong: what is wrong with results or gradients; "" where nothing is.
+        cold: seconds of the first forward in the process, compilation included.
+    """
+
+    wrong: dict[str, str]
+    cold: dict[str, float]
+
+
+def gate(
+    op: str,
+    model: ModelShape,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    only: str | tuple[str, ...] = "",
+) -> Gate:
+    """Run everyone once and check them; ``only`` those whose name starts with this, or with one of these."""
+    model = model._replace(vocab=min(model.vocab, GATE_VOCAB))
+    problem = PROBLEMS[op](model, geometry._replace(batch=2, length=GATE_LENGTH), dtype, device)
+    entries = {name: contestant for name, contestant in problem.contestants.items() if name.startswith(only)}
+    cold = {}
+    for name, contestant in entries.items():
+        with contextlib.suppress(Exception):  # what it is, the check below tells
+            cold[name] = first_run(prepared(contestant, problem.inputs, "forward"), device).seconds
+    return Gate(errors(problem._replace(contestants=entries)), cold)
 
 
 def measure(
-    problem: Problem, wrong: dict[str, str], device: torch.device, directions: list[str] | None = None
+    problem: Problem, gate: Gate, device: torch.device, directions: Sequence[str] | None = None
 ) -> Iterator[Row]:
-    """Time everyone who is not in ``wrong`` with a reason, in each direction that the problem has."""
+    """Time everyone whom the gate lets pass, in each direction that the problem has."""
     for direction in directions or DIRECTIONS:
         if direction != "forward" and not problem.work_backward:
             continue
-        work = {
-            "forward": problem.work,
-            "backward": problem.work_backward,
-            "forward+backward": problem.work + problem.work_backward,
-        }[direction]
         entries = {
             name: contestant
             for name, contestant in problem.contestants.items()
             if contestant.differentiable or direction == "forward"
         }
         runs = {
-            name: _prepared(contestant, problem.inputs, direction)
+            name: prepared(contestant, problem.inputs, direction)
             for name, contestant in entries.items()
-            if not wrong.get(name)
+            if not gate.wrong.get(name)
         }
         firsts = {name: first_run(run, device) for name, run in runs.items()}
-        times = in_turn(runs, device=device)
+        times = in_turn(runs | {FLOOR: problem.floor(direction)}, device=device)
+        rates = {name: problem.work_of(direction) / time.median for name, time in times.items()}
+        about = {"op": problem.op, "shape": problem.shape, "direction": direction}
+        about |= {"unit": problem.unit, "formula": problem.formula}
         for name in entries:
-            same = {"op": problem.op, "shape": problem.shape, "direction": direction, "contestant": name}
-            same |= {"unit": problem.unit, "formula": problem.formula}
+            same = about | {"contestant": name}
             if name not in runs:
-                yield Row(**same, error=wrong[name])
+                yield Row(**same, error=gate.wrong[name])
                 continue
-            rate = work / times[name].median if entries[name].exact else None
-            first = firsts[name]
-            yield Row(**same, **times[name]._asdict(), first=first.seconds, peak_bytes=first.peak_bytes, rate=rate)
+            same |= {"cold": gate.cold.get(name), "peak_bytes": firsts[name].peak_bytes}
+            yield Row(**same, **times[name]._asdict(), rate=rates[name] if entries[name].exact else None)
+        yield Row(**about, contestant=FLOOR, **times[FLOOR]._asdict(), rate=rates[FLOOR])
 
 
-def _prepared(contestant: Contestant, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], object]:
+def prepared(contestant: Contestant, inputs: tuple[Tensor, ...], direction: str) -> Callable[[], object]:
     """What is timed: no preparation, and for ``"backward"`` no forward pass."""
     with torch.no_grad():
         inputs = contestant.prepare(inputs)

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), default="demo")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="steps per point, the fastest counts")
+    parser.add_argument("--points", type=int, help="only the first so many of each axis; at least 2")
     parser.add_argument("--output", type=Path, default=Path("bench-output"))
     parser.add_argument("--point", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
     print(f"{model.name}, {BASE} but for the axis, float32. {machine}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for axis in arguments.axis or AXES:
-        points = [_in_own_process(arguments, axis, value) for value in AXES[axis]]
+        points = [_in_own_process(arguments, axis, value) for value in AXES[axis][: arguments.points]]
         print(table(axis, points), flush=True)
         plot(arguments.output / f"growth-{axis}.png", axis, points, machine)
 
@@ -103,9 +104,14 @@ def table(axis: str, points: Sequence[Point]) -> str:
         lines.append(
             f"| {p.value} | {p.tokens} | {p.operations / 1e9:.1f} | {p.seconds:.3f} | {p.peak_bytes / 2**20:.0f} MiB |"
         )
-    seconds = exponent([p.operations for p in points], [p.seconds for p in points])
-    memory = exponent([p.tokens for p in points], [p.peak_bytes for p in points])
+    seconds, memory = exponents(points)
     return "\n".join([*lines, "", f"seconds ~ operations^{seconds:.2f}, peak memory ~ tokens^{memory:.2f}"])
+
+
+def exponents(points: Sequence[Point]) -> tuple[float, float]:
+    """Of seconds over operations and of peak memory over tokens."""
+    seconds = exponent([p.operations for p in points], [p.seconds for p in points])
+    return seconds, exponent([p.tokens for p in points], [p.peak_bytes for p in points])
 
 
 def plot(path: Path, axis: str, points: Sequence[Point], title: str) -> None:
@@ -114,10 +120,11 @@ def plot(path: Path, axis: str, points: Sequence[Point], title: str) -> None:
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     series = (("seconds per step", "seconds", "operations"), ("peak memory, bytes", "peak_bytes", "tokens"))
-    for axes, (label, quantity, cause) in zip(figure.subplots(1, 2), series, strict=True):
+    panels = zip(figure.subplots(1, 2), series, exponents(points), strict=True)
+    for axes, (label, quantity, cause), fitted in panels:
         values = [getattr(p, quantity) for p in points]
         causes = [getattr(p, cause) for p in points]
-        axes.plot([p.value for p in points], values, "o-", label="measured")
+        axes.plot([p.value for p in points], values, "o-", label=f"measured, ~ {cause}^{fitted:.2f}")
         linear = [values[-1] * x / causes[-1] for x in causes]
         axes.plot([p.value for p in points], linear, "k--", linewidth=0.8, label=f"linear in {cause}")
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel=label)

@@ -38,14 +38,14 @@ def in_turn(
     on up to ``most`` until ``seconds`` have passed.
     """
     for run in contestants.values():
-        _once(run, device)
+        timed(run, device)
     runs: dict[str, list[float]] = {name: [] for name in contestants}
     start = time.perf_counter()
     for count in range(most):
         if count >= least and time.perf_counter() - start > seconds:
             break
         for name, run in contestants.items():
-            runs[name].append(_once(run, device))
+            runs[name].append(timed(run, device))
     return {name: Seconds(*_quantiles(values)) for name, values in runs.items()}
 
 
@@ -54,13 +54,14 @@ def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), low, high
 
 
-def _once(run: Callable[[], object], device: torch.device) -> float:
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run; on a GPU by events, with its last-level cache overwritten before."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
     torch.cuda.synchronize(device)
+    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()  # also keeps it busy while the host launches
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
@@ -89,7 +90,7 @@ def first_run(run: Callable[[], object], device: torch.device) -> FirstRun:
     _give_back()
     reset_peak_resident()
     before = resident_bytes("VmRSS")
-    seconds = _once(run, device)
+    seconds = timed(run, device)
     return FirstRun(seconds, resident_bytes("VmHWM") - before)
 
 

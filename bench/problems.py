@@ -7,7 +7,7 @@ results back is not timed, but differentiable: so one check covers results and g
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,17 @@ import ebft_kernels
 from ebft_kernels import available_impls
 from ebft_kernels.testing import attention_inputs, eager_attention, error_budget, feature_inputs, randn
 
+from . import floors
 from .baselines import attention, features
+from .floors import Pairs, Work
 from .shapes import Geometry, ModelShape, visible_pairs
 
 Tensors = tuple[Tensor, ...]
+#: Name of the row with the time of a problem's unavoidable work, and of a contestant that the targets speak of.
+FLOOR, SDPA_PER_SAMPLE = "floor", "SDPA, dense mask, one row per sample"
+#: First word of the names of this library's contestants; the second is the implementation.
+OURS = "ebft"
+DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
 class Contestant(NamedTuple):
@@ -55,6 +62,7 @@ class Problem(NamedTuple):
         work: operations or bytes of the forward pass that no one can avoid.
         work_backward: likewise of the backward pass; 0: there is none.
         formula: of ``work``, in words.
+        floor: from a direction, one of ``DIRECTIONS``, to that work done bare; see `bench.floors`.
     """
 
     op: str
@@ -67,6 +75,11 @@ class Problem(NamedTuple):
     work: int
     work_backward: int
     formula: str
+    floor: Callable[[str], Work]
+
+    def work_of(self, direction: str) -> int:
+        """Operations or bytes of one of ``DIRECTIONS``."""
+        return self.work * (direction != "backward") + self.work_backward * (direction != "forward")
 
 
 def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -90,7 +103,7 @@ def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         return Contestant(run, differentiable=not on_cpu, **options)  # FlexAttention has no backward pass on a CPU
 
     contestants = {
-        f"ebft {impl}": Contestant(
+        f"{OURS} {impl}": Contestant(
             lambda q, k, v, impl=impl: ebft_kernels.strided_attention(q, k, v, layout, impl=impl)
         )
         for impl in _impls("strided_attention", device, dtype)
@@ -98,12 +111,10 @@ def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
     contestants |= {
         "eager, dense mask": Contestant(lambda q, k, v: attention.eager(q, k, v, mask)),
         "SDPA, dense mask": Contestant(lambda q, k, v: attention.sdpa(q, k, v, mask)),
-        "SDPA, dense mask, one row per sample": Contestant(
-            lambda q, k, v: attention.sdpa(q, k, v, reference_mask), **in_reference_order
-        ),
+        SDPA_PER_SAMPLE: Contestant(lambda q, k, v: attention.sdpa(q, k, v, reference_mask), **in_reference_order),
         "FlexAttention, packed": flex(attention.flex_packed_mask),
         "FlexAttention, one row per sample": flex(attention.flex_reference_mask, **in_reference_order),
-        "floor: causal SDPA, prompt alone": Contestant(
+        "causal SDPA, prompt alone (no rollouts)": Contestant(
             lambda q, k, v: attention.sdpa_prompt(q, k, v, layout.length), exact=False
         ),
     }
@@ -122,6 +133,9 @@ def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         work=work,
         work_backward=work * 5 // 2,
         formula="4 D H visible pairs; backward 2.5 times that",
+        floor=lambda direction: floors.attention(
+            [Pairs.of(layout)], **_heads(model, dtype, device), **_passes(direction)
+        ),
     )
 
 
@@ -140,7 +154,7 @@ def attention_step_problem(model: ModelShape, geometry: Geometry, dtype: torch.d
     q, k, v = attention_inputs(layout, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=dtype)
     q = layout.step_rows(q.transpose(1, 2), step).transpose(1, 2).contiguous()
     contestants = {
-        f"ebft {impl}": Contestant(
+        f"{OURS} {impl}": Contestant(
             lambda q, k, v, impl=impl: ebft_kernels.strided_attention_step(q, k, v, layout, step, impl=impl),
             differentiable=False,
         )
@@ -160,6 +174,7 @@ def attention_step_problem(model: ModelShape, geometry: Geometry, dtype: torch.d
         work=pairs * model.heads * 4 * model.head_dim,
         work_backward=0,
         formula="4 D H visible pairs",
+        floor=lambda _: floors.attention([Pairs.of_step(layout, step)], **_heads(model, dtype, device)),
     )
 
 
@@ -169,12 +184,13 @@ def pooling_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, d
     size = (layout.batch_size, layout.packed_length, model.hidden)
     inputs = tuple(randn(*size, seed=layer, dtype=dtype, device=device) for layer in range(model.tapped))
     contestants = {
-        f"ebft {impl}": Contestant(lambda *hidden, impl=impl: ebft_kernels.pool_features(hidden, layout, impl=impl))
+        f"{OURS} {impl}": Contestant(lambda *hidden, impl=impl: ebft_kernels.pool_features(hidden, layout, impl=impl))
         for impl in _impls("pool_features", device, dtype)
     }
     contestants["plain PyTorch"] = Contestant(lambda *hidden: features.pool_last_token(list(hidden), layout))
     vectors = layout.batch_size * layout.num_anchors * (layout.samples + 1)
-    element, written = inputs[0].element_size(), torch.promote_types(dtype, torch.float32).itemsize
+    read = vectors * model.features * inputs[0].element_size()
+    written = vectors * model.features * torch.promote_types(dtype, torch.float32).itemsize
     return Problem(
         op="pool_features",
         shape=f"{model.name}, {geometry}, last token, {model.tapped} layers",
@@ -183,9 +199,10 @@ def pooling_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, d
         oracle=lambda inputs: features.pool_last_token(list(inputs), layout),
         eager=(lambda inputs: features.pool_last_token(list(inputs), layout),),
         unit="B",
-        work=vectors * model.features * (element + written),
-        work_backward=vectors * model.features * (element + written) + sum(x.nbytes for x in inputs),
+        work=read + written,
+        work_backward=read + written + sum(x.nbytes for x in inputs),
         formula="rows read once, features written once; backward: both read, every gradient written",
+        floor=_bytes((read, written), (read + written, sum(x.nbytes for x in inputs)), device),
     )
 
 
@@ -196,10 +213,11 @@ def loss_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, devi
         layout.batch_size, layout.num_anchors, layout.samples, model.features, dtype=dtype, device=device
     )
     contestants = {
-        f"ebft {impl}": Contestant(lambda x, y, impl=impl: ebft_kernels.mean_embedding_loss(x, y, impl=impl))
+        f"{OURS} {impl}": Contestant(lambda x, y, impl=impl: ebft_kernels.mean_embedding_loss(x, y, impl=impl))
         for impl in _impls("mean_embedding_loss", device, dtype)
     }
     contestants["plain PyTorch"] = Contestant(features.mean_embedding_loss)
+    read = sum(x.nbytes for x in inputs)
     return Problem(
         op="mean_embedding_loss",
         shape=f"{model.name}, {geometry}, F={model.features}",
@@ -208,9 +226,10 @@ def loss_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, devi
         oracle=lambda inputs: (features.mean_embedding_loss(*inputs),),
         eager=(lambda inputs: (features.mean_embedding_loss(*inputs),),),
         unit="B",
-        work=sum(x.nbytes for x in inputs),
-        work_backward=2 * sum(x.nbytes for x in inputs),
+        work=read,
+        work_backward=2 * read,
         formula="features read once; backward: read once, gradients written once",
+        floor=_bytes((read, 0), (read, read), device),
     )
 
 
@@ -221,7 +240,7 @@ def matching_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, 
         layout.batch_size, layout.num_anchors, layout.samples, model.features, dtype=dtype, device=device
     )
     contestants = {
-        f"ebft {impl}": Contestant(
+        f"{OURS} {impl}": Contestant(
             lambda x, y, impl=impl: ebft_kernels.feature_matching(x, y, whitening="sample", impl=impl),
             differentiable=False,
         )
@@ -229,6 +248,7 @@ def matching_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, 
     }
     contestants["batched SVD"] = Contestant(features.match_by_batched_svd, differentiable=False)
     contestants["SVD loop over anchors"] = Contestant(features.match_by_svd_loop, differentiable=False)
+    read = sum(x.nbytes for x in inputs)
     return Problem(
         op="feature_matching",
         shape=f"{model.name}, {geometry}, F={model.features}, whitening sample",
@@ -237,9 +257,10 @@ def matching_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, 
         oracle=lambda inputs: tuple(features.match_by_batched_svd(*inputs)),
         eager=(lambda inputs: tuple(features.match_by_batched_svd(*inputs)),),
         unit="B",
-        work=sum(x.nbytes for x in inputs),
+        work=read,
         work_backward=0,
         formula="features read once",
+        floor=_bytes((read, 0), (0, 0), device),
     )
 
 
@@ -250,11 +271,10 @@ def log_probs_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
     weight = randn(model.vocab, model.hidden, seed=1, dtype=dtype, device=device) * model.hidden**-0.5
     targets = torch.arange(rows, device=device) * 7919 % model.vocab
     contestants = {
-        f"ebft {impl}": Contestant(lambda h, w, impl=impl: ebft_kernels.linear_log_probs(h, w, targets, impl=impl))
+        f"{OURS} {impl}": Contestant(lambda h, w, impl=impl: ebft_kernels.linear_log_probs(h, w, targets, impl=impl))
         for impl in _impls("linear_log_probs", device, dtype)
     }
     contestants["full logits"] = Contestant(lambda h, w: features.full_log_probs(h, w, targets))
-    contestants["floor: the product alone"] = Contestant(lambda h, w: h @ w.T, exact=False)
     work = 2 * rows * model.vocab * model.hidden
     return Problem(
         op="linear_log_probs",
@@ -267,7 +287,33 @@ def log_probs_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         work=work,
         work_backward=2 * work,
         formula="2 T C V; backward twice that (recomputing the logits is not counted)",
+        floor=lambda direction: floors.linear([(weight, rows)], **_passes(direction)),
     )
+
+
+def _heads(model: ModelShape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    return {
+        "heads": model.heads,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "dtype": dtype,
+        "device": device,
+    }
+
+
+def _passes(direction: str) -> dict[str, bool]:
+    return {"forward": direction != "backward", "backward": direction != "forward"}
+
+
+def _bytes(forward: tuple[int, int], backward: tuple[int, int], device: torch.device) -> Callable[[str], Work]:
+    """The floor of an op that reads and writes so many bytes in each pass."""
+
+    def floor(direction: str) -> Work:
+        passes = [forward] * (direction != "backward") + [backward] * (direction != "forward")
+        works = [floors.copied(read, written, device) for read, written in passes]
+        return lambda: [work() for work in works]
+
+    return floor
 
 
 PROBLEMS: dict[str, Callable[[ModelShape, Geometry, torch.dtype, torch.device], Problem]] = {

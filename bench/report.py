@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .problems import FLOOR, OURS
 
 
 @dataclass(frozen=True)
@@ -13,7 +15,8 @@ class Row:
     """One contestant at one problem and direction. Without a time where it was wrong or failed: ``error`` says why.
 
     Attributes:
-        median, p20, p80, first: seconds; ``first`` is the first run, compilation included.
+        median, p20, p80: seconds.
+        cold: seconds of the first forward in the process, compilation included.
         peak_bytes: most memory held beyond the inputs.
         rate: FLOP/s or B/s: the unavoidable work over the median.
     """
@@ -26,38 +29,45 @@ class Row:
     median: float | None = None
     p20: float | None = None
     p80: float | None = None
-    first: float | None = None
+    cold: float | None = None
     peak_bytes: int | None = None
     rate: float | None = None
     unit: str = ""
     formula: str = ""
 
 
-def write_json(path: Path, machine: str, rows: Iterable[Row]) -> None:
+def write_json(path: Path, machine: str, choices: Mapping[str, str], rows: Iterable[Row]) -> None:
     """Everything, for other programs."""
-    path.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    content = {"machine": machine, "choices": dict(choices), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def markdown(machine: str, rows: Sequence[Row]) -> str:
-    """One table per problem and direction. The last column: how many times longer than the fastest of this library."""
-    lines = [machine]
+def markdown(machine: str, choices: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """One table per problem and direction. Last: times over those of the fastest of this library, and of the floor."""
+    lines = [machine, "", *(f"* {text}" for text in choices.values())]
     for key in dict.fromkeys((row.op, row.shape, row.direction) for row in rows):
         group = [row for row in rows if (row.op, row.shape, row.direction) == key]
-        ours = min((row.median for row in group if row.median and row.contestant.startswith("ebft")), default=None)
+        ours = min((row.median for row in group if row.median and row.contestant.startswith(OURS)), default=None)
+        floor = next(row.median for row in group if row.contestant == FLOOR)
         lines += ["", f"### {key[0]}, {key[2]}", "", f"{key[1]}. {group[0].unit}/s: {group[0].formula}.", ""]
-        lines += ["| | median | p20 - p80 | first run | peak extra memory | rate | x ebft |", "| --- |" + " ---: |" * 6]
-        lines += [_line(row, ours) for row in group]
+        lines += [
+            "| | median | p20 - p80 | cold | peak extra memory | rate | x ebft | x floor |",
+            "| --- |" + " ---: |" * 7,
+        ]
+        lines += [_line(row, ours, floor) for row in group]
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Row, ours: float | None) -> str:
+def _line(row: Row, ours: float | None, floor: float) -> str:
     if row.median is None:
-        return f"| {row.contestant} | {row.error} | | | | | |"
+        return f"| {row.contestant} | {row.error} | | | | | | |"
     spread = f"{_seconds(row.p20)} - {_seconds(row.p80)}"
     times = f"{row.median / ours:.2f}" if ours else ""
     rate = f"{row.rate / 1e9:.1f} G{row.unit}/s" if row.rate else ""
-    memory = f"{row.peak_bytes / 2**20:.0f} MiB"
-    cells = (row.contestant, _seconds(row.median), spread, _seconds(row.first), memory, rate, times)
+    memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
+    cold = "" if row.cold is None else _seconds(row.cold)
+    floors = f"{row.median / floor:.2f}"
+    cells = (row.contestant, _seconds(row.median), spread, cold, memory, rate, times, floors)
     return "| " + " | ".join(cells) + " |"
 
 
@@ -75,7 +85,7 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
     for axis, key in zip(axes[:, 0], keys, strict=True):
         group = [row for row in rows if (row.op, row.shape, row.direction) == key and row.median]
         names = [row.contestant for row in group]
-        colors = ["tab:blue" if name.startswith("ebft") else "tab:gray" for name in names]
+        colors = ["tab:blue" if name.startswith(OURS) else "tab:gray" for name in names]
         axis.barh(names, [row.median for row in group], color=colors)
         axis.set(xscale="log", xlabel="seconds")
         axis.set_title(f"{key[0]}, {key[2]}: {key[1]}", fontsize=9)

@@ -1,46 +1,58 @@
 """One whole training step beside the published algorithm and beside the matrix products that it cannot avoid.
 
-    python -m bench.step [--model llama-256] [--length 1024] [--threads 2] [--rounds 3] [--skip-published]
+    python -m bench.step [--model llama-256] [--length 1024] [--vocab 32768] [--threads 2] [--rounds 3]
+                         [--against nobody] [--peer ebft_openrlhf=DIR]
 
 Both run on the same random weights with the same random numbers, and their losses are compared before anything is
-reported. Times are medians of rounds in which everyone runs in turn in one process. Peak memory is taken in a process
-of its own for each, above what the loaded models hold.
+reported; peers (bench/peers), which draw numbers of their own, are compared with the library before. Times are medians
+of rounds in which everyone runs in turn in one process. Peak memory is taken in a process of its own for each, above
+what the loaded models hold.
 
-The floor: the products of the linear layers over every row that a phase must run, the vocabulary head on the rows that
-are sampled or scored, and queries times keys and probabilities times values at exactly the visible lengths. It holds no
-softmax, norm, activation, copy or optimizer, and a backward pass counts two products for each of the forward pass
-(attention: five for two).
+The floor (bench/floors.py): the products of the linear layers over every row that a phase must run, the vocabulary head
+on the rows that are sampled or scored, queries times keys and probabilities times values at exactly the visible
+lengths, and the features read once. Decoding is counted step by step. A backward pass counts two products for each of
+the forward pass (attention: five for two). It holds no softmax, norm, activation, copy or optimizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ebft_kernels import StridedLayout
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.features import FeatureNetwork, layer_numbers
 from ebft_trainer.step import ebft_step
 
+from . import floors, peers
 from .baselines.published import published_step
+from .floors import Pairs, Work
 from .measure import machine_line, reset_peak_resident, resident_bytes
+from .peers.agreement import disagreements
 from .shapes import MODELS, Geometry, ModelShape
 
 PHASES = ("rollout", "features", "matching", "policy", "backward")
-OURS, PUBLISHED = "ebft-kernels", "published algorithm"
+OURS, PUBLISHED, FLOOR = "ebft-kernels", "published algorithm", "floor"
 #: Contestants and the attention that the published algorithm's model runs with.
 PUBLISHED_ATTENTION = {PUBLISHED: "eager", f"{PUBLISHED}, SDPA": "sdpa"}
+
+#: Anchors, but for one, of the prompt on which peers are checked.
+CHECKED_ANCHORS = 7
+
+#: Seconds by contestant (and of the floor) and phase.
+Seconds = dict[str, dict[str, float]]
 
 
 def main() -> None:
@@ -52,23 +64,33 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="prompt tokens P")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds after one warm-up")
-    parser.add_argument("--skip-published", action="store_true", help="the library and the floor alone")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds")
+    parser.add_argument("--against", action="append", choices=["nobody", *PUBLISHED_ATTENTION], help="default: all")
+    parser.add_argument("--peer", action="append", metavar="NAME=DIR", type=_peer, help=f"one of {peers.NAMES}")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shape = MODELS[arguments.model]
     shape = shape._replace(vocab=arguments.vocab or shape.vocab)
-    setup = Setup(shape, Geometry(batch=arguments.batch, length=arguments.length), getattr(torch, arguments.dtype))
+    geometry, checkouts = Geometry(batch=arguments.batch, length=arguments.length), dict(arguments.peer or [])
+    setup = Setup(shape, geometry, getattr(torch, arguments.dtype), checkouts)
     if arguments.memory_of:
         print(json.dumps(setup.peak_bytes(arguments.memory_of)))
         return
-    names = [OURS] if arguments.skip_published else [OURS, *PUBLISHED_ATTENTION]
-    print(f"{shape.name}, V={shape.vocab}, {setup.geometry}, S={setup.layout.packed_length}, {arguments.dtype}")
-    print(machine_line(torch.device("cpu")))
-    seconds, floors = setup.time(names, arguments.rounds)
-    peaks = {name: _peak_in_own_process(name) for name in names}
-    _report(seconds, floors, peaks)
+    names = [OURS, *(name for name in arguments.against or PUBLISHED_ATTENTION if name != "nobody"), *checkouts]
+    setup.check_peers()
+    about = f"{shape.name}, V={shape.vocab}, {setup.geometry}, S={setup.layout.packed_length}, {arguments.dtype}"
+    print(f"{about}. {machine_line(torch.device('cpu'))}")
+    seconds = setup.time(names, arguments.rounds)
+    peaks = {name: peak_in_own_process(name, sys.argv[1:]) for name in names}
+    print("\n" + table(seconds, peaks))
+
+
+def _peer(argument: str) -> tuple[str, Path]:
+    try:
+        return peers.parse(argument)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class Setup:
@@ -78,9 +100,12 @@ class Setup:
         shape: of the model, a Llama.
         geometry: of the batch.
         dtype: of the weights.
+        checkouts: folders of other implementations by name, see `bench.peers`.
     """
 
-    def __init__(self, shape: ModelShape, geometry: Geometry, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: ModelShape, geometry: Geometry, dtype: torch.dtype, checkouts: Mapping[str, Path] | None = None
+    ) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=shape.vocab,
@@ -99,6 +124,7 @@ class Setup:
         )
         self.prompt = torch.randint(shape.vocab, (geometry.batch, geometry.length))
         self._features: FeatureNetwork | None = None
+        self._checkouts, self._peers = dict(checkouts or {}), {}
 
     @property
     def features(self) -> FeatureNetwork:
@@ -107,8 +133,34 @@ class Setup:
             self._features = FeatureNetwork(self.model, self.options.feature_layers)
         return self._features
 
-    def run(self, name: str) -> tuple[Tensor, dict[str, float]]:
-        """One step and its backward pass, the gradients left in the model: loss and seconds by phase."""
+    def peer(self, name: str) -> Any:
+        """The peer of that name, with a copy of the model."""
+        if name not in self._peers:
+            made = peers.adapter(name).Peer(self._checkouts[name], self.model, self.layout, self.options)
+            self._peers[name] = made
+        return self._peers[name]
+
+    def check_peers(self) -> None:
+        """Compare every peer with the library at a short length.
+
+        Raises:
+            RuntimeError: they differ; says in what.
+        """
+        geometry = self.geometry
+        short = geometry._replace(length=geometry.context + geometry.horizon + CHECKED_ANCHORS * geometry.stride)
+        for name, directory in self._checkouts.items():
+            make = functools.partial(peers.adapter(name).Peer, directory)
+            prompt = self.prompt[:, : short.length]
+            if found := disagreements(make, self.model, prompt, short.layout(), self.options):
+                raise RuntimeError(f"{name}: {'; '.join(found)}")
+
+    def run(self, name: str) -> tuple[Tensor | None, dict[str, float]]:
+        """One step and its backward pass, the gradients left in the model: loss and seconds by phase.
+
+        Peers draw other rollouts, so their loss is another one, and None here.
+        """
+        if name in self._checkouts:
+            return None, self.peer(name).step(self.prompt).seconds
         self.model.zero_grad(set_to_none=True)
         generator = torch.Generator().manual_seed(0)
         if name == OURS:
@@ -122,66 +174,90 @@ class Setup:
             seconds = step.seconds
         return step.loss.detach(), seconds | {"backward": _timed(step.loss.backward)}
 
-    def time(self, names: list[str], rounds: int) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-        """Median seconds by phase of each contestant, and of the parts of the floor.
+    def time(self, names: Sequence[str], rounds: int) -> Seconds:
+        """Medians of everyone and of the floor, in turn.
+
+        The library and the floor run thrice in each round, after one warm-up. The others run once: their steps take
+        minutes, so that they spread less and need no warm-up.
 
         Raises:
             RuntimeError: the contestants' losses differ by more than rounding can explain.
         """
-        seconds: dict[str, dict[str, list[float]]] = {name: {} for name in names}
-        floors: dict[str, list[float]] = {}
-        for count in range(rounds + 1):
+        works = self._floor()
+        seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in [*names, FLOOR]}
+        turns = [[OURS], *([OURS], names, [OURS]) * rounds]
+        for count, turn in enumerate(turns):
             losses = {}
-            for name in names:
+            for name in turn:
                 losses[name], phases = self.run(name)
-                if count:
-                    for phase, value in phases.items():
-                        seconds[name].setdefault(phase, []).append(value)
+                for phase, value in phases.items():
+                    seconds[name][phase] += [value] * (count > 0)
             self._compare(losses)
-            for name, products in self._floor().items():
-                value = _timed(products)
-                if count:
-                    floors.setdefault(name, []).append(value)
-        medians = {name: _medians(values) for name, values in seconds.items()}
-        return medians, _medians(floors)
+            for phase, parts in works.items():
+                seconds[FLOOR][phase] += [sum(_timed(work) for work in parts)] * (count > 0)
+        return {name: {p: statistics.median(x) for p, x in phases.items()} for name, phases in seconds.items()}
 
     def _compare(self, losses: dict[str, Tensor]) -> None:
         """The step's loss is a mean over rollouts of advantage times log-probability: both of order 1, so it is right
         to about the rounding of the model's features, whatever its own size."""
         allowed = math.sqrt(torch.finfo(self.model.dtype).eps)
         for name, loss in losses.items():
-            if not abs(float(loss - losses[OURS])) <= allowed:
+            if loss is not None and not abs(float(loss - losses[OURS])) <= allowed:
                 raise RuntimeError(f"{name}: loss {float(loss):.6g}, but {OURS} has {float(losses[OURS]):.6g}")
 
     def peak_bytes(self, name: str) -> int:
         """Peak memory of one step above the loaded models; to be called first in a process."""
         if name == OURS:
             _ = self.features
+        elif name in self._checkouts:
+            self.peer(name)
         loaded = resident_bytes("VmRSS")
         reset_peak_resident()
         self.run(name)
         return resident_bytes("VmHWM") - loaded
 
-    def _floor(self) -> dict[str, Callable[[], None]]:
-        """The unavoidable products by phase."""
+    def _floor(self) -> dict[str, tuple[Work, ...]]:
+        """The unavoidable work by phase."""
         layout, short = self.layout, self.layout.without_last_step()
-        layers = self.model.config.num_hidden_layers
-        deepest = max(layer_numbers(self.options.feature_layers, layers))
-        rollouts = layout.num_anchors * layout.samples
-        sampled = layout.batch_size * (layout.num_anchors + rollouts * (layout.horizon - 1))
-        rows, short_rows = (layout.batch_size * x.packed_length for x in (layout, short))
+        decoder, head = self.model.model, self.model.lm_head.weight
+        weights = [[m.weight for m in layer.modules() if isinstance(m, nn.Linear)] for layer in decoder.layers]
+        deepest = max(layer_numbers(self.options.feature_layers, len(weights)))
+        batch, anchors = layout.batch_size, layout.batch_size * layout.num_anchors
+        decoded = range(layout.horizon - 1)
+
+        def linear(rows: int, head_rows: int, depth: int = len(weights)) -> list[tuple[Tensor, int]]:
+            calls = [(weight, rows) for layer in weights[:depth] for weight in layer]
+            return calls + [(head, head_rows)] * (head_rows > 0)
+
+        def attention(pairs: list[Pairs], depth: int = len(weights), **options: bool) -> Work:
+            config = self.model.config
+            return floors.attention(
+                pairs * depth,
+                heads=config.num_attention_heads,
+                kv_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                dtype=self.model.dtype,
+                **options,
+            )
+
+        rollouts = anchors * layout.samples
+        sampling = linear(batch * layout.length, anchors) + [x for _ in decoded for x in linear(rollouts, rollouts)]
+        sampling_pairs = [Pairs.of(layout.prompt_only()), *(Pairs.of_step(layout, step) for step in decoded)]
+        scored = linear(batch * short.packed_length, anchors + rollouts * len(decoded))
+        feature_bytes = 4 * (anchors + rollouts) * len(self.options.feature_layers) * self.model.config.hidden_size
         return {
-            "rollout, linear layers": lambda: _linear(self.model, layers, short_rows, sampled, 1),
-            "features, linear layers": lambda: _linear(self.model, deepest, rows, 0, 1),
-            "policy, linear layers": lambda: _linear(self.model, layers, short_rows, sampled, 3),
-            "rollout, attention": lambda: _attention(self.model, layers, short, 2),
-            "features, attention": lambda: _attention(self.model, deepest, layout, 2),
-            "policy, attention": lambda: _attention(self.model, layers, short, 7),
+            "rollout": (floors.linear(sampling), attention(sampling_pairs)),
+            "features": (
+                floors.linear(linear(batch * layout.packed_length, 0, deepest)),
+                attention([Pairs.of(layout)], deepest),
+            ),
+            "matching": (floors.copied(feature_bytes, 0),),
+            "policy": (floors.linear(scored), attention([Pairs.of(short)])),
+            "backward": (
+                floors.linear(scored, forward=False, backward=True),
+                attention([Pairs.of(short)], forward=False, backward=True),
+            ),
         }
-
-
-def _medians(values: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(runs) for name, runs in values.items()}
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -190,51 +266,37 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _linear(model: Any, layers: int, rows: int, head_rows: int, passes: int) -> None:
-    """Every weight matrix of the decoder times ``rows`` rows, the head times ``head_rows``, ``passes`` times."""
-    weights = [m.weight for m in model.model.layers[0].modules() if isinstance(m, nn.Linear)]
-    work = [(weight, rows) for weight in weights] * layers + [(model.lm_head.weight, head_rows)] * bool(head_rows)
-    with torch.no_grad():
-        inputs = {weight.shape[1]: weight.new_ones(max(rows, head_rows), weight.shape[1]) for weight, _ in work}
-        for weight, count in work * passes:
-            nn.functional.linear(inputs[weight.shape[1]][:count], weight)
-
-
-def _attention(model: Any, layers: int, layout: StridedLayout, products: int) -> None:
-    """``products`` matrix products per visible pair: blocks of 64 prompt rows, and each anchor's rollouts."""
-    config = model.config
-    kv_heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    blocks = [(min(64, layout.length - i), i + min(64, layout.length - i) // 2) for i in range(0, layout.length, 64)]
-    own = layout.samples * layout.horizon
-    blocks += [(own, anchor + layout.horizon // 2) for anchor in layout.anchors[0].tolist()]
-    weight = model.lm_head.weight
-    with torch.no_grad():
-        heads = layout.batch_size * kv_heads
-        queries = weight.new_ones(heads, group * max(rows for rows, _ in blocks), config.head_dim)
-        keys = weight.new_ones(heads, config.head_dim, layout.packed_length)
-        for _ in range(layers * products):
-            for rows, length in blocks:
-                torch.bmm(queries[:, : group * rows], keys[:, :, :length])
-
-
-def _peak_in_own_process(name: str) -> int:
-    command = [sys.executable, "-m", "bench.step", *sys.argv[1:], "--memory-of", name]
+def peak_in_own_process(name: str, options: Sequence[str]) -> int:
+    """Peak bytes of one contestant's step above the loaded models; ``options`` of this module's command line."""
+    command = [sys.executable, "-m", "bench.step", *options, "--memory-of", name]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def _report(seconds: dict[str, dict[str, float]], floors: dict[str, float], peaks: dict[str, int]) -> None:
-    floor, ours = sum(floors.values()), sum(seconds[OURS].values())
-    print("\n| | " + " | ".join(PHASES) + " | step | x ebft | x floor | peak memory |")
-    print("| --- |" + " ---: |" * (len(PHASES) + 4))
+def table(seconds: Seconds, peaks: dict[str, int]) -> str:
+    """Markdown: seconds by phase of everyone, then how many times ours the others take, then how many floors we do."""
+    lines = ["| | " + " | ".join([*PHASES, "policy + backward", "step", "peak memory"]) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(PHASES) + 3))
     for name, phases in seconds.items():
-        total = sum(phases.values())
-        cells = [f"{phases[phase]:.3f} s" for phase in PHASES]
-        cells += [f"{total:.3f} s", f"{total / ours:.2f}", f"{total / floor:.2f}", f"{peaks[name] / 2**20:.0f} MiB"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("\n| unavoidable products | |\n| --- | ---: |")
-    for name, value in floors.items():
-        print(f"| {name} | {value:.3f} s |")
-    print(f"| all | {floor:.3f} s |")
+        memory = f"{peaks[name] / 2**20:.0f} MiB" if name in peaks else ""
+        lines.append(_line(name, [f"{x:.4f} s" for x in _columns(phases)], memory))
+    for name, phases in seconds.items():
+        if name not in (OURS, FLOOR):
+            memory = f"{peaks[name] / peaks[OURS]:.1f}" if name in peaks else ""
+            lines.append(_line(f"{name} / {OURS}", _ratios(phases, seconds[OURS]), memory))
+    lines.append(_line(f"{OURS} / {FLOOR}", _ratios(seconds[OURS], seconds[FLOOR]), ""))
+    return "\n".join(lines)
+
+
+def _columns(phases: dict[str, float]) -> list[float]:
+    return [*(phases[p] for p in PHASES), phases["policy"] + phases["backward"], sum(phases.values())]
+
+
+def _ratios(phases: dict[str, float], others: dict[str, float]) -> list[str]:
+    return [f"{x / y:.2f}" for x, y in zip(_columns(phases), _columns(others), strict=True)]
+
+
+def _line(name: str, cells: list[str], memory: str) -> str:
+    return "| " + " | ".join([name, *cells, memory]) + " |"
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 An own plain implementation of what the method's authors run (arXiv:2603.12248), as slow as theirs and not slower: one
 row per sample, so the prompt is repeated for each; rollout tokens ordered (step, anchor); a dense mask built anew for
 every forward; the whole sequence recomputed for every generated token; every layer and the vocabulary head of the
-feature network; logits of all positions in float32; whitening by a batched SVD in feature space. Attention itself is
-PyTorch's fused one with the dense mask, the fastest that takes such a mask.
+feature network; logits of all positions in float32; whitening by a batched SVD in feature space. Attention is the
+model's own: "eager" as the authors run it, or "sdpa", the fastest that takes a dense mask.
 
 Its numbers are those of ``ebft_trainer.ebft_step`` up to rounding: the two check each other.
 """
@@ -44,14 +44,18 @@ def published_step(
     options: EBFTOptions,
     *,
     generator: torch.Generator | None = None,
+    rollouts: Tensor | None = None,
 ) -> PublishedStep:
     """The step for ``prompt`` [B, P], rows without padding and in one document, at a temperature above 0.
 
     Only geometry is read from ``layout``. Features are the last token's, whitening is ``"sample"``, the estimator
-    ``"rloo"``: the method's defaults.
+    ``"rloo"``: the method's defaults. With ``rollouts`` [B, A, n, G] these are taken and none are sampled.
     """
     start = time.perf_counter()
-    sequences = _generate(model, prompt, layout, options.temperature, generator)  # [B*n, P + A*G]
+    if rollouts is None:
+        sequences = _generate(model, prompt, layout, options.temperature, generator)  # [B*n, P + A*G]
+    else:
+        sequences = layout.to_reference_order(layout.pack(prompt, rollouts))
     generated = time.perf_counter()
     rollout_features, target_features = _features(feature_model, sequences, layout, options)
     featured = time.perf_counter()

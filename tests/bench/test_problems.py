@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.__main__ import measure
-from bench.problems import PROBLEMS, Contestant, errors
+from bench.__main__ import Gate, choice, compiling_anew, gate, measure
+from bench.problems import FLOOR, PROBLEMS, Contestant, errors
 from bench.report import markdown, plot, write_json
 from bench.shapes import Geometry, ModelShape, visible_pairs
 from ebft_kernels import StridedLayout
@@ -52,7 +54,7 @@ def test_who_is_wrong_or_fails_gets_no_time(op):
     assert wrong[name] == ""
     assert "exceeds the budget" in wrong["broken"]
     assert wrong["failing"] == "RuntimeError: no such kernel"
-    rows = {row.contestant: row for row in measure(made, wrong, CPU, ["forward"])}
+    rows = {row.contestant: row for row in measure(made, Gate(wrong, {}), CPU, ["forward"])}
     assert rows[name].median > 0 and rows[name].error == ""
     assert rows["broken"].median is None and rows["broken"].error == wrong["broken"]
     assert rows["failing"].median is None
@@ -76,12 +78,48 @@ def test_the_work_is_that_of_the_visible_pairs():
 
 def test_what_is_written(tmp_path):
     made = problem("feature_matching")
-    rows = [*measure(made, {"batched SVD": "tensor 0: wrong"}, CPU)]
+    rows = [*measure(made, Gate({"batched SVD": "tensor 0: wrong"}, {"SVD loop over anchors": 2.0}), CPU)]
     assert {row.direction for row in rows} == {"forward"}
-    text = markdown("the machine", rows)
+    assert rows[-1].contestant == FLOOR and rows[-1].median > 0
+    choices = {"feature_matching": choice("feature_matching", CPU, torch.float32)}
+    text = markdown("the machine", choices, rows)
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     assert "| batched SVD | tensor 0: wrong |" in text and "### feature_matching, forward" in text
-    write_json(tmp_path / "rows.json", "the machine", rows)
+    assert "* feature_matching: impl='auto' takes" in text and "| 2.000 s |" in text
+    write_json(tmp_path / "rows.json", "the machine", choices, rows)
     read = json.loads((tmp_path / "rows.json").read_text())
     assert read["machine"] == "the machine" and len(read["rows"]) == len(rows)
     plot(tmp_path / "rows.png", "the machine", rows)
     assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gate_runs_everyone_once(monkeypatch):
+    passed = gate("mean_embedding_loss", MODEL, GEOMETRY, torch.float32, CPU)
+    assert set(passed.wrong) == set(passed.cold) and not any(passed.wrong.values()) and min(passed.cold.values()) > 0
+    assert list(gate("mean_embedding_loss", MODEL, GEOMETRY, torch.float32, CPU, only="plain").wrong) == [
+        "plain PyTorch"
+    ]
+
+    def failing(*_inputs):
+        raise RuntimeError("no such kernel")
+
+    made = PROBLEMS["mean_embedding_loss"]
+    broken = lambda *args: made(*args)._replace(contestants={"failing": Contestant(failing)})  # noqa: E731
+    monkeypatch.setitem(PROBLEMS, "mean_embedding_loss", broken)
+    passed = gate("mean_embedding_loss", MODEL, GEOMETRY, torch.float32, CPU)
+    assert passed == Gate({"failing": "RuntimeError: no such kernel"}, {})
+
+
+def test_the_choice_says_why_not_another():
+    assert choice("strided_attention", CPU, torch.float64).startswith(
+        "strided_attention: impl='auto' takes 'torch' (not "
+    )
+    assert choice("linear_log_probs", CPU, torch.float32) == "linear_log_probs: impl='auto' takes 'torch'"
+
+
+def test_nothing_compiled_earlier_is_found(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "kept")
+    with compiling_anew():
+        folder = Path(os.environ["TRITON_CACHE_DIR"])
+        assert folder.is_dir() and not list(folder.iterdir())
+    assert os.environ["TRITON_CACHE_DIR"] == "kept"
