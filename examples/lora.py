@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebft_trainer import EBFTConfig, EBFTTrainer
 from ebft_trainer.config import device_arguments
-from ebft_trainer.data import build_rows, read_documents
+from ebft_trainer.rows import build_rows
+from ebft_trainer.sources import read_documents
 
 
 def main(model_name: str, text: str, output: str, max_steps: int = 200) -> None:

@@ -20,7 +20,7 @@ KERNELS = {
 }
 
 
-def as_on_a_gpu(op: str, _device: torch.device, _dtype: torch.dtype) -> str:
+def as_on_a_gpu(op: str, _device: torch.device, _dtype: torch.dtype, **_sizes: object) -> str:
     return "triton" if "triton" in _dispatch.OPS[op][1] else "torch"
 
 
