@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Sequence
@@ -18,9 +19,11 @@ from ebft_kernels.integrations.transformers import check_model, output_head
 from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
-from .features import FeatureNetwork
+from .feature_maps import build_feature_map
+from .features import FeatureMap, has_adapters
 from .rollout import evaluation_mode
 from .step import ebft_step
+from .verifiers import Verifier, load_verifier
 
 
 class EBFTTrainer(Trainer):
@@ -50,7 +53,9 @@ class EBFTTrainer(Trainer):
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        feature_network: FeatureNetwork | None = None,
+        feature_network: FeatureMap | None = None,
+        verifier: Verifier | None = None,
+        reference_model: nn.Module | None = None,
         processing_class: Any = None,
         data_collator: Any = None,
         callbacks: list[Any] | None = None,
@@ -64,7 +69,12 @@ class EBFTTrainer(Trainer):
             train_dataset: rows with ``input_ids`` and optionally ``attention_mask``, ``completion_mask``,
                 ``document_ids``; a list, or any dataset. All rows are read once here, unless they have no length.
             eval_dataset: the same, or a dict of several; must have a length.
-            feature_network: default: a frozen copy of ``model`` as it is now (with PEFT: the model without adapters).
+            feature_network: what to compare in; default: what ``args`` say, usually a frozen copy of ``model`` as it is
+                now (with PEFT: the model without adapters).
+            verifier: gives a reward to each rollout; default: ``args.verifier`` on text decoded by
+                ``processing_class``. Without ``verifier_coef`` it is only measured, in evaluation.
+            reference_model: frozen, for ``args.kl_coef``; default: a copy of the whole ``model`` as it is now, which
+                the feature network then shares (with PEFT: the model without adapters, at no cost).
             processing_class: the tokenizer, saved with each checkpoint; its padding token fills batches.
             data_collator: default: `EBFTCollator`. Another one returns ``input_ids`` and ``layout``, the
                 `StridedLayout` of the batch, and optionally ``completion_mask``: it decides where anchors stand.
@@ -92,8 +102,17 @@ class EBFTTrainer(Trainer):
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
             _check_rows(name, dataset, data_collator)
+        if verifier is None and args.verifier is not None:
+            verifier = load_verifier(args.verifier, processing_class)
+        if args.verifier_coef and verifier is None:
+            raise ValueError(f"verifier: expected one with verifier_coef = {args.verifier_coef}, got None")
+        frozen = None
+        if reference_model is None and args.kl_coef and not has_adapters(model):
+            reference_model = frozen = copy.deepcopy(model)
         if feature_network is None and (args.rl_coef > 0 or eval_dataset is not None):
-            feature_network = FeatureNetwork(model, args.feature_layers, pooling=args.pooling, normalize=args.normalize)
+            feature_network = build_feature_map(
+                model if frozen is None else frozen, processing_class, args, share=frozen is not None
+            )
         super().__init__(
             model=model,
             args=args,
@@ -104,7 +123,13 @@ class EBFTTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.feature_network = None if feature_network is None else feature_network.to(args.device)
+        self.feature_network = feature_network
+        if isinstance(feature_network, nn.Module):
+            self.feature_network = feature_network.to(args.device)
+        self.verifier = verifier
+        self.reference_model = None
+        if reference_model is not None:
+            self.reference_model = _UnderAutocast(reference_model.to(args.device), self.accelerator)
         self._metrics = _MetricSums()
         self._step_and_micro_batch = (-1, -1)
 
@@ -131,6 +156,8 @@ class EBFTTrainer(Trainer):
             self.args,
             token_mask=inputs.get("completion_mask"),
             generator=self._generator(self.args.seed, "train", self.state.global_step, micro_batch),
+            verifier=self.verifier,
+            reference_model=self.reference_model,
         )
         self._metrics.add(result.metrics)
         return (result.loss, {"step": result}) if return_outputs else result.loss
@@ -150,7 +177,7 @@ class EBFTTrainer(Trainer):
         Returns:
             ``eval_cross_entropy`` (nats per token; also as ``eval_loss``), ``eval_perplexity``, and for rollouts of the
             trained horizon ``eval_feature_matching_loss`` and ``eval_alignment``; both also per horizon 1..G, named
-            ``eval_alignment_h1`` and so on.
+            ``eval_alignment_h1`` and so on; with a verifier ``eval_verifier_reward``.
 
         Raises:
             ValueError: there is no dataset, or it has no length or no rows.
@@ -195,7 +222,12 @@ class EBFTTrainer(Trainer):
                 batch = {name: value.to(self.args.device) for name, value in batch.items()}
                 generator = self._generator(self.args.eval_seed, "eval", number)
                 result = evaluation_sums(
-                    self.model_wrapped, self.feature_network, batch, self.args, generator=generator
+                    self.model_wrapped,
+                    self.feature_network,
+                    batch,
+                    self.args,
+                    generator=generator,
+                    verifier=self.verifier,
                 )
                 sums.append(result if number < len(batches) else torch.zeros_like(result))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -205,6 +237,19 @@ class EBFTTrainer(Trainer):
         key = (seed, *parts) if parts[0] == "eval" else (seed, *parts, self.args.process_index)
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
         return torch.Generator(self.args.device).manual_seed(int.from_bytes(digest, "big", signed=True))
+
+
+class _UnderAutocast(nn.Module):
+    """The reference model in the policy's precision: rounding that both share does not count as divergence."""
+
+    def __init__(self, module: nn.Module, accelerator: Any) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self._autocast = accelerator.autocast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return self.module(*args, **kwargs)
 
 
 class _MetricSums:

@@ -58,7 +58,7 @@ def test_the_parser_of_transformers_reads_it(tmp_path):
         ({"top_p": 0}, ValueError, "top_p: expected a number above 0, at most 1, got 0"),
         ({"top_p": 1.5}, ValueError, "top_p: expected a number above 0, at most 1, got 1.5"),
         ({"ce_coef": -1.0}, ValueError, "ce_coef: expected a number of at least 0, got -1.0"),
-        ({"rl_coef": 0}, ValueError, "rl_coef, ce_coef: expected at least one above 0"),
+        ({"rl_coef": 0}, ValueError, "rl_coef, verifier_coef, ce_coef: expected at least one above 0"),
         ({"pooling": "max"}, ValueError, "pooling: expected one of 'last_token', .*; got 'max'"),
         ({"normalize": "l2"}, ValueError, "normalize: expected one of 'joint', .*; got 'l2'"),
         ({"whitening": "zca"}, ValueError, "whitening: expected one of 'none', .*; got 'zca'"),

@@ -22,7 +22,7 @@ from ..model_checks import assert_gradients_within_budget
 
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt_oss")
 METRICS = {
-    *("loss/rl", "loss/ce", "feature_matching_loss", "alignment", "diversity", "reward", "advantage_std"),
+    *("loss/rl", "loss/ce", "feature_matching_loss", "alignment", "diversity", "reward", "reward_std", "advantage_std"),
     *("duplicate_rate", "entropy", "log_prob_gap", "valid_anchors", "tokens"),
     *("seconds/rollout", "seconds/features", "seconds/matching", "seconds/policy"),
 }

@@ -26,7 +26,7 @@ from ebft_trainer.trainer import EBFTTrainer
 
 STEP_METRICS = {
     *("loss", "grad_norm", "learning_rate", "epoch", "step"),
-    *("loss/rl", "loss/ce", "feature_matching_loss", "alignment", "diversity", "reward", "advantage_std"),
+    *("loss/rl", "loss/ce", "feature_matching_loss", "alignment", "diversity", "reward", "reward_std", "advantage_std"),
     *("duplicate_rate", "entropy", "log_prob_gap", "valid_anchors", "tokens", "tokens_per_second"),
     *("seconds/rollout", "seconds/features", "seconds/matching", "seconds/policy", "seconds/step"),
 }
