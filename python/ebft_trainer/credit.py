@@ -27,12 +27,15 @@ def reward_advantages(reward: Tensor, estimator: str) -> Tensor:
     """
     if estimator == "reinforce":
         return reward
+    # In float64, or the rounding of a mean of equal rewards would be blown up by their spread of almost 0.
+    exact = reward.double()
     if estimator == "rloo":
-        return reward - mean_of_others(reward)
-    if reward.shape[2] == 1:
-        return torch.zeros_like(reward)
-    deviation = reward - reward.mean(2, keepdim=True)
-    return deviation / (reward.std(2, keepdim=True) + 1e-9)
+        advantage = exact - mean_of_others(exact)
+    elif reward.shape[2] == 1:
+        advantage = torch.zeros_like(exact)
+    else:
+        advantage = (exact - exact.mean(2, keepdim=True)) / (exact.std(2, keepdim=True) + 1e-9)
+    return advantage.to(reward.dtype)
 
 
 def mean_of_others(x: Tensor) -> Tensor:

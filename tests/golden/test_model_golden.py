@@ -317,6 +317,7 @@ def test_one_step(name, monkeypatch):
     coefficients = {key: config[key] for key in ("rl_coef", "ce_coef")}
     options = EBFTOptions(
         temperature=case.temperature,
+        eos_token_ids=[],
         **coefficients,
         **{key: value for key, value in case.matching.items() if key != "groups"},
     )
