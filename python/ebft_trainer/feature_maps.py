@@ -95,6 +95,6 @@ def build_feature_map(model: nn.Module, tokenizer: Any, options: EBFTOptions, *,
     features = load_object(options.feature_map, "feature_map")(model, tokenizer, options)
     if not callable(features):
         raise TypeError(
-            f"feature_map: expected {options.feature_map} to give a FeatureMap, got {type(features).__name__}"
+            f"feature_map: expected {options.feature_map!r} to give a FeatureMap, got {type(features).__name__}"
         )
     return features

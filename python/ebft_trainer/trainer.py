@@ -109,6 +109,9 @@ class EBFTTrainer(Trainer):
         frozen = None
         if reference_model is None and args.kl_coef and not has_adapters(model):
             reference_model = frozen = copy.deepcopy(model)
+        if reference_model is not None:
+            check_model(reference_model).require()
+            output_head(reference_model)
         if feature_network is None and (args.rl_coef > 0 or eval_dataset is not None):
             feature_network = build_feature_map(
                 model if frozen is None else frozen, processing_class, args, share=frozen is not None

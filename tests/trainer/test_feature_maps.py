@@ -70,7 +70,7 @@ def test_features_are_those_of_the_prompt_with_each_continuation(byte_tokenizer,
 def test_an_encoder_must_give_one_feature_per_text(byte_tokenizer, batch):
     layout, prompt, rollouts, _ = batch
     packed = layout.pack(prompt, rollouts)
-    with pytest.raises(ValueError, match=r"encode's features: expected shape \[15, F\], got \[14, 3\]"):
+    with pytest.raises(ValueError, match=r"encode's features: expected shape \[9, F\], got \[8, 3\]"):
         TextEncoderFeatures(lambda texts: letters(texts)[1:], byte_tokenizer)(packed, layout)
     with pytest.raises(TypeError, match="encode's features: expected a tensor .*, got list"):
         TextEncoderFeatures(lambda texts: [0.0] * len(texts), byte_tokenizer)(packed, layout)
