@@ -120,7 +120,7 @@ def ebft_step(
 
     Raises:
         ValueError: no valid anchor, no feature network, verifier or reference where one is needed, a shape or device
-            that does not fit, a model that cannot be run strided.
+            (also of features and rewards) that does not fit, a model that cannot be run strided.
         TypeError: another type or dtype.
     """
     check_batch(prompt, layout, token_mask)
@@ -209,6 +209,10 @@ class _Drawn(NamedTuple):
     weights: Tensor  # [B, A, G], see `rollout_weights`
 
     @property
+    def sizes(self) -> dict[str, int]:
+        return {"B": self.layout.batch_size, "A": self.layout.num_anchors, "n": self.layout.samples}
+
+    @property
     def masks(self) -> dict[str, Tensor | None]:
         """What a feature map and a verifier are told of tokens that do not count."""
         return {"token_mask": self.token_mask, "rollout_mask": rollout_mask(self.alive, self.layout, self.token_mask)}
@@ -275,6 +279,8 @@ def _draw(
 @torch.no_grad()
 def _matched(feature_network: FeatureMap, drawn: _Drawn, config: EBFTOptions, clock: _Clock) -> FeatureMatching:
     features = feature_network(drawn.layout.pack(drawn.prompt, drawn.tokens), drawn.layout, **drawn.masks)
+    for name, x, shape in zip(("rollout", "target"), features, ("B A n ...", "B A ..."), strict=True):
+        check_tensor(f"the feature map's {name} features", x, shape, drawn.sizes, device=drawn.layout.device)
     clock.lap("features")
     match = feature_matching(
         *features,
@@ -292,9 +298,8 @@ def _matched(feature_network: FeatureMap, drawn: _Drawn, config: EBFTOptions, cl
 @torch.no_grad()
 def _verified(verifier: Verifier, drawn: _Drawn) -> Tensor:
     rewards = verifier(drawn.prompt, drawn.tokens, drawn.layout, **drawn.masks)
-    sizes = {"B": drawn.layout.batch_size, "A": drawn.layout.num_anchors, "n": drawn.layout.samples}
-    check_tensor("the verifier's rewards", rewards, "B A n", sizes, device=drawn.layout.device)
-    return rewards.to(drawn.log_probs.dtype)
+    check_tensor("the verifier's rewards", rewards, "B A n", drawn.sizes, device=drawn.layout.device)
+    return rewards.to(drawn.log_probs.dtype).where(drawn.layout.valid[:, :, None], 0)
 
 
 def _check_parts(

@@ -105,9 +105,8 @@ def test_held_out_data_may_be_given(train, text, tmp_path):
 
 
 def test_objectives_of_the_command_line(train, tmp_path):
-    train(
-        "--objective", "rlvr", "--verifier", "char_f_score", "--kl-coef", "0.1", "--eos-token-ids", "--max-steps", "1"
-    )
+    options = "--objective rlvr --verifier char_f_score --kl-coef 0.1 --eos-token-ids --max-steps 1 --logging-steps 1"
+    train(*options.split())
     run = json.loads((tmp_path / "run" / "ebft.json").read_text())["options"]
     assert (run["objective"], run["rl_coef"], run["verifier_coef"], run["eos_token_ids"]) == ("rlvr", 0, 1, [])
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -461,3 +461,27 @@ def test_bad_input(plain):
     assert not calls, "nothing runs before the arguments are checked"
     with pytest.raises(ValueError, match=r"the verifier's rewards: expected shape \[B=2, A=4, n=3\], got \[2, 4\]"):
         ebft_step(model, None, prompt, layout, options(objective="rlvr"), verifier=lambda *_, **__: torch.zeros(2, 4))
+    one_sample = layout.rollouts(layout.pack(prompt, plain.rollouts_of(layout)))[:, :, :1, :2].double().flatten(3)
+    for features, message in (
+        (
+            (one_sample, one_sample[:, :, 0]),
+            r"the feature map's rollout features: expected shape \[B=2, A=4, n=3, ...\]",
+        ),
+        ((one_sample.expand(-1, -1, 3, -1), one_sample[:, 0]), r"the feature map's target features: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ebft_step(model, lambda *_, found=features, **__: found, prompt, layout, options())
+
+
+def test_rewards_of_anchors_that_are_not_valid_weigh_nothing(plain):
+    layout, model = plain.layouts["uneven"](), plain.build()
+    prompt, config = plain.prompt_of(layout), options(objective="rlvr")
+
+    def poisoned(*args, **masks):
+        return token_rewards(*args, **masks).masked_fill(~layout.valid[:, :, None], torch.nan)
+
+    losses = [
+        ebft_step(model, None, prompt, layout, config, verifier=verifier, generator=generator()).loss
+        for verifier in (token_rewards, poisoned)
+    ]
+    assert losses[0].isfinite() and torch.equal(*losses)
