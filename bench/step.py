@@ -120,7 +120,11 @@ class Setup:
         self.geometry, self.layout = geometry, geometry.layout()
         self.model = LlamaForCausalLM(config).to(dtype).eval()
         self.options = EBFTOptions(
-            context=geometry.context, stride=geometry.stride, horizon=geometry.horizon, samples=geometry.samples
+            context=geometry.context,
+            stride=geometry.stride,
+            horizon=geometry.horizon,
+            samples=geometry.samples,
+            eos_token_ids=[],  # the published algorithm goes on after an end
         )
         self.prompt = torch.randint(shape.vocab, (geometry.batch, geometry.length))
         self._features: FeatureNetwork | None = None

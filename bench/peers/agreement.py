@@ -14,7 +14,7 @@ from ebft_kernels.testing import error_budget
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.features import FeatureNetwork
 from ebft_trainer.rollout import sample_rollouts
-from ebft_trainer.step import policy_log_probs
+from ebft_trainer.scoring import policy_log_probs
 
 from ..baselines.published import published_step
 

@@ -18,6 +18,7 @@ def pool_features(
     pooling: str,
     normalize: str,
     token_mask: Tensor | None,
+    rollout_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`ebft_kernels.pool_features`."""
     hidden = torch.stack(list(hidden_states), 2)  # [B, S, L, C]
@@ -25,7 +26,9 @@ def pool_features(
     if token_mask is None:
         token_mask = torch.ones(layout.batch_size, layout.length, dtype=torch.bool, device=hidden.device)
     counted = layout.windows(token_mask)  # [B, A, G]
-    rollouts = _pool(layout.rollouts(hidden), counted[:, :, None], pooling, normalize)
+    if rollout_mask is None:
+        rollout_mask = counted[:, :, None].expand(-1, -1, layout.samples, -1)
+    rollouts = _pool(layout.rollouts(hidden), rollout_mask, pooling, normalize)
     return rollouts, _pool(layout.windows(hidden), counted, pooling, normalize)
 
 

@@ -24,12 +24,13 @@ def pool_features(
     pooling: str = "last_token",
     normalize: str = "joint",
     token_mask: Tensor | None = None,
+    rollout_mask: Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """One feature vector per rollout and per ground-truth window, from hidden states of packed rows (arXiv:2603.12248).
 
     The feature of one token is its L hidden states side by side, divided by their L2 norm (at least 1e-12), times 0
-    where ``token_mask`` says that it does not count. Then the G tokens of a rollout, or of a window, are pooled.
+    where a mask says that it does not count. Then the G tokens of a rollout, or of a window, are pooled.
 
     F is ordered with the layers outermost, so that ``feature_matching(..., groups=L)`` treats each layer separately.
     The ground-truth features are read from the prompt rows of the same packed hidden states. Those of an anchor that is
@@ -45,8 +46,9 @@ def pool_features(
             "concat": all of them side by side; F = L*G*C, ordered (layer, step, channel).
             "token": none, each token is a feature of its own; F = L*C.
         normalize: "joint": one norm over all layers of a token; "per_layer": one norm per layer; "none".
-        token_mask: [B, P] bool, prompt tokens that count; None: all. A rollout token takes the mask of the ground-truth
-            token in whose place it stands.
+        token_mask: [B, P] bool, prompt tokens that count; None: all.
+        rollout_mask: [B, A, n, G] bool, rollout tokens that count, such as those up to the rollout's end; None: each
+            takes the ``token_mask`` of the ground-truth token in whose place it stands.
         impl: "auto", "reference", "torch", ...; see :func:`ebft_kernels.available_impls`.
 
     Returns:
@@ -58,6 +60,9 @@ def pool_features(
         TypeError: another type or dtype.
     """
     hidden_states = check_hidden_states(hidden_states, layout, token_mask)
+    if rollout_mask is not None:
+        sizes = {"B": layout.batch_size, "A": layout.num_anchors, "n": layout.samples, "G": layout.horizon}
+        check_tensor("rollout_mask", rollout_mask, "B A n G", sizes, dtype=torch.bool, device=layout.device)
     check_option("pooling", pooling, POOLINGS)
     check_option("normalize", normalize, NORMALIZATIONS)
     layers = len(hidden_states)
@@ -65,8 +70,15 @@ def pool_features(
     impl = resolve_impl("pool_features", impl, hidden_states[0].device, hidden_states[0].dtype, sizes)
     if impl == "reference":
         return _reference.pool_features(
-            hidden_states, layout, pooling=pooling, normalize=normalize, token_mask=token_mask
+            hidden_states,
+            layout,
+            pooling=pooling,
+            normalize=normalize,
+            token_mask=token_mask,
+            rollout_mask=rollout_mask,
         )
+    if rollout_mask is not None:
+        return _pool_by_own_masks(hidden_states, layout, token_mask, rollout_mask, pooling, normalize, impl)
     rollout_rows, target_rows, weight = feature_rows(layout, token_mask, last_only=pooling == "last_token")
     return _forward_op(hidden_states, rollout_rows, target_rows, weight, pooling, normalize, impl)
 
@@ -102,10 +114,44 @@ def feature_rows(
         return rollouts, targets, counted
     if counted is None:
         return rollouts[..., -1:], targets[..., -1:], None
-    steps = torch.arange(layout.horizon, device=layout.device)
-    last = torch.where(counted, steps, 0).amax(-1, keepdim=True)  # [B, A, 1]
+    last = _last_counted(counted)
     rollout_last = last[:, :, None].expand(-1, -1, layout.samples, -1)
     return rollouts.gather(-1, rollout_last), targets.gather(-1, last), counted.any(-1, keepdim=True)
+
+
+def _last_counted(counted: Tensor) -> Tensor:
+    """[..., G] bool -> [..., 1] int64, the last step that counts; 0 if none does."""
+    return torch.where(counted, torch.arange(counted.shape[-1], device=counted.device), 0).amax(-1, keepdim=True)
+
+
+def _pool_by_own_masks(
+    hidden_states: list[Tensor],
+    layout: StridedLayout,
+    token_mask: Tensor | None,
+    rollout_mask: Tensor,
+    pooling: str,
+    normalize: str,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """The op has one mask for all rollouts of an anchor, so here masks are applied to the features that it gives.
+
+    For "mean" that takes the features of every token, in memory.
+    """
+    rows = feature_rows(layout, None, last_only=False)[:2]  # [B, A, n, G] and [B, A, G]
+    window_mask = torch.ones_like(rows[1], dtype=torch.bool) if token_mask is None else layout.windows(token_mask)
+    masks = (rollout_mask, window_mask)
+    if pooling == "last_token":
+        rows = [x.gather(-1, _last_counted(mask)) for x, mask in zip(rows, masks, strict=True)]
+        features = _forward_op(hidden_states, *rows, None, pooling, normalize, impl)
+        rollouts, targets = (x * mask.any(-1, keepdim=True) for x, mask in zip(features, masks, strict=True))
+        return rollouts, targets
+    features = _forward_op(hidden_states, *rows, None, "token", normalize, impl)
+    tokens = [x * mask[..., None] for x, mask in zip(features, masks, strict=True)]  # [..., G, F]
+    if pooling == "mean":
+        tokens = [x.mean(-2) for x in tokens]
+    elif pooling == "concat":
+        tokens = [x.unflatten(-1, (len(hidden_states), -1)).movedim(-2, -3).flatten(-3) for x in tokens]
+    return tokens[0], tokens[1]
 
 
 _INPUTS = "Tensor[] hidden_states, Tensor rollout_rows, Tensor target_rows, Tensor? weight"

@@ -2,10 +2,12 @@
 
 from .config import EBFTConfig, EBFTOptions
 from .data import EBFTCollator
-from .features import FeatureNetwork
+from .feature_maps import TextEncoderFeatures
+from .features import FeatureMap, FeatureNetwork
 from .rollout import sample_rollouts
 from .step import EBFTStep, ebft_step
 from .trainer import EBFTTrainer
+from .verifiers import TextVerifier, Verifier
 
 __all__ = [
     "EBFTCollator",
@@ -13,7 +15,11 @@ __all__ = [
     "EBFTOptions",
     "EBFTStep",
     "EBFTTrainer",
+    "FeatureMap",
     "FeatureNetwork",
+    "TextEncoderFeatures",
+    "TextVerifier",
+    "Verifier",
     "ebft_step",
     "sample_rollouts",
 ]

@@ -36,7 +36,7 @@ from .cli_data import (
 )
 from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_arguments, options_of
 from .corpus import stdlib_sources
-from .features import FeatureNetwork
+from .feature_maps import build_feature_map
 from .plots import table, write_json
 from .trainer import EBFTTrainer
 
@@ -157,16 +157,22 @@ def _add_options(parser: argparse.ArgumentParser, training: dict[str, type]) -> 
 
 
 def _add_option(group: argparse._ArgumentGroup, option: Field[Any], kind: Any) -> None:
+    if type(None) in typing.get_args(kind):
+        kind = typing.get_args(kind)[0]
     default = option.default if option.default_factory is MISSING else option.default_factory()
     flag = "--" + option.name.replace("_", "-")
     shown = " ".join(map(str, default)) if isinstance(default, list) else getattr(default, "value", default)
-    text = f"{option.metadata['help'].split('. ')[0].rstrip('.')} ({shown})".replace("%", "%%")
+    text = option.metadata["help"].split(". ")[0].rstrip(".").replace("%", "%%")
+    if default is not None:
+        text += f" ({shown})"
     # SUPPRESS: only what was given reaches EBFTConfig, which is the one owner of defaults.
     common: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": text}
     if kind is bool:
         group.add_argument(flag, action="store_true", **common)
     elif kind == list[float]:
         group.add_argument(flag, type=_layer, nargs="+", metavar="X", **common)
+    elif kind == list[int]:
+        group.add_argument(flag, type=int, nargs="*", metavar="N", **common)
     else:
         choices = option.metadata.get("choices") if kind is str else None
         metavar = None if choices else {int: "N", float: "X", str: "NAME"}[kind]
@@ -293,7 +299,7 @@ def prepare_evaluate(arguments: argparse.Namespace) -> Work:
     rows = rows_of(arguments, config, tokenizer, documents)
     source = arguments.feature_model or _recorded_model(Path(arguments.model)) or arguments.model
     feature_model = model if source == arguments.model else load_model(source, arguments.dtype)[0]
-    network = FeatureNetwork(feature_model, config.feature_layers, pooling=config.pooling, normalize=config.normalize)
+    network = build_feature_map(feature_model, tokenizer, config)
     trainer = EBFTTrainer(model, config, eval_dataset=rows, feature_network=network, processing_class=tokenizer)
 
     def work() -> None:

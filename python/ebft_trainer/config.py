@@ -13,6 +13,14 @@ from transformers import TrainingArguments
 from ebft_kernels.matching.api import ESTIMATORS, WHITENINGS
 from ebft_kernels.pooling.api import NORMALIZATIONS, POOLINGS
 
+#: What each objective trains: the coefficients that are not given.
+OBJECTIVES = {
+    "ebft": {"rl_coef": 1.0, "verifier_coef": 0.0, "ce_coef": 0.0},
+    "sft": {"rl_coef": 0.0, "verifier_coef": 0.0, "ce_coef": 1.0},
+    "rlvr": {"rl_coef": 0.0, "verifier_coef": 1.0, "ce_coef": 0.0},
+}
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
 
 def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
@@ -25,10 +33,19 @@ def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> An
 class EBFTOptions:
     """Everything that Energy-Based Fine-Tuning (arXiv:2603.12248) adds to a training run; defaults are the authors'.
 
+    ``objective`` is a choice of defaults for ``rl_coef``, ``verifier_coef`` and ``ce_coef`` (`OBJECTIVES`) and nothing
+    else: a coefficient that is given stays as it is, so that objectives mix. After construction all three are numbers.
+
     Raises:
         ValueError, TypeError: an option out of range, unknown or of another type; the message names it.
     """
 
+    objective: str = _option(
+        "ebft",
+        "what is trained where no coefficient says otherwise: ebft: feature matching; sft: cross-entropy on the real "
+        "text; rlvr: a verifier's reward",
+        list(OBJECTIVES),
+    )
     context: int = _option(8, "prompt tokens before the first anchor; at least 1")
     stride: int = _option(8, "tokens from one anchor to the next")
     horizon: int = _option(8, "tokens per rollout")
@@ -36,6 +53,14 @@ class EBFTOptions:
     temperature: float = _option(0.6, "sampling temperature, also of the scoring; 0: greedy, scored at 1")
     top_p: float = _option(1.0, "sample from the smallest set of tokens with at least this probability")
     top_k: int = _option(0, "sample from this many most likely tokens; 0: all")
+    eos_token_ids: list[int] | None = _option(
+        None, "tokens that end a rollout; default: the model's own; an empty list: rollouts never end"
+    )
+    feature_map: str | None = _option(
+        None,
+        "module:factory of the features to compare in, called with model, tokenizer and options; default: hidden "
+        "states of the frozen model",
+    )
     feature_layers: list[float] = _option(
         [0.25, 0.5, 0.75], "layers whose hidden states are features: depths (0.25, 1.0) or layer numbers (1, 2)"
     )
@@ -46,11 +71,30 @@ class EBFTOptions:
     )
     alignment_coef: float = _option(1.0, "weight of the alignment with the real text in the reward")
     diversity_coef: float = _option(1.0, "weight of the penalty for rollouts that resemble each other")
-    rl_coef: float = _option(1.0, "weight of the feature-matching policy loss; 0: no rollouts at all")
-    ce_coef: float = _option(0.0, "weight of the plain cross-entropy on the real text")
+    verifier: str | None = _option(
+        None,
+        "reward of a rollout: exact_match, parses_as_python, char_f_score, or module:function of three texts (prompt, "
+        "completion, target)",
+    )
+    rl_coef: float | None = _option(None, "weight of the feature-matching policy loss; default: 1 for ebft, else 0")
+    verifier_coef: float | None = _option(None, "weight of the verifier's policy loss; default: 1 for rlvr, else 0")
+    ce_coef: float | None = _option(
+        None, "weight of the plain cross-entropy on the real text; default: 1 for sft, else 0"
+    )
     estimator: str = _option("rloo", "how a reward becomes an advantage", ESTIMATORS)
+    kl_coef: float = _option(0.0, "weight of the KL divergence of the policy from the frozen model; 0: not computed")
+    kl_estimator: str = _option(
+        "k2",
+        "k1: gradient of the divergence of whole rollouts; k2: of each next token's; k3: of each next token's in the "
+        "other direction, KL(frozen model || policy)",
+        KL_ESTIMATORS,
+    )
+    entropy_coef: float = _option(0.0, "weight of the rollouts' entropy, which is rewarded")
 
     def __post_init__(self) -> None:
+        for name, value in OBJECTIVES.get(self.objective, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         self.validate()
 
     def validate(self) -> None:
@@ -60,14 +104,25 @@ class EBFTOptions:
         _check_int("top_k", self.top_k, 0)
         _check_number("temperature", self.temperature, "a number of at least 0", lambda x: x >= 0)
         _check_number("top_p", self.top_p, "a number above 0, at most 1", lambda x: 0 < x <= 1)
-        for name in ("alignment_coef", "diversity_coef", "rl_coef", "ce_coef"):
-            _check_number(name, getattr(self, name), "a number of at least 0", lambda x: x >= 0)
-        if self.rl_coef == 0 and self.ce_coef == 0:
-            raise ValueError("rl_coef, ce_coef: expected at least one above 0, got 0 and 0: nothing would be trained")
         for option in fields(EBFTOptions):
             choices, value = option.metadata.get("choices"), getattr(self, option.name)
             if choices is not None and value not in choices:
                 raise ValueError(f"{option.name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
+        for option in fields(EBFTOptions):
+            if option.name.endswith("_coef"):
+                _check_number(option.name, getattr(self, option.name), "a number of at least 0", lambda x: x >= 0)
+        if not (self.rl_coef or self.verifier_coef or self.ce_coef):
+            raise ValueError(
+                "rl_coef, verifier_coef, ce_coef: expected at least one above 0, got none: nothing would be trained"
+            )
+        for name in ("kl_coef", "entropy_coef"):
+            if getattr(self, name) and not self.temperature:
+                raise ValueError(
+                    f"{name}: expected 0 with temperature 0, got {getattr(self, name)}: greedy rollouts are no samples"
+                )
+        for name in ("feature_map", "verifier"):
+            _check_name(name, getattr(self, name))
+        _check_token_ids(self.eos_token_ids)
         if self.estimator == "group_norm" and self.samples < 2:
             raise ValueError(
                 f"samples: expected at least 2 with estimator 'group_norm', got {self.samples}: no spread in one reward"
@@ -87,6 +142,20 @@ def _check_number(name: str, value: Any, expected: str, accepts: Any) -> None:
         raise TypeError(f"{name}: expected {expected}, got {value!r}")
     if not (math.isfinite(value) and accepts(value)):
         raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def _check_name(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name}: expected a name such as 'module:function', got {value!r}")
+
+
+def _check_token_ids(ids: Any) -> None:
+    if ids is None:
+        return
+    if not isinstance(ids, list) or any(not isinstance(x, int) or isinstance(x, bool) for x in ids):
+        raise TypeError(f"eos_token_ids: expected a list of token ids, got {ids!r}")
+    if any(x < 0 for x in ids):
+        raise ValueError(f"eos_token_ids: expected token ids of at least 0, got {ids}")
 
 
 def _check_layers(layers: Any) -> None:
@@ -128,7 +197,7 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
     max_nonfinite_steps: int = _option(5, "stop after so many steps in a row without a finite loss and gradient")
 
     def __post_init__(self) -> None:
-        self.validate()
+        EBFTOptions.__post_init__(self)
         TrainingArguments.__post_init__(self)
         # Batches hold a StridedLayout, which one rank cannot broadcast to the others: each reads its own share.
         if self.accelerator_config.dispatch_batches is None:

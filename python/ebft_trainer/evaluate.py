@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ebft_kernels import feature_matching
+from ebft_kernels import StridedLayout, feature_matching
 
 from .config import EBFTOptions
-from .features import FeatureNetwork
-from .rollout import sample_rollouts
-from .step import prompt_log_probs, rollout_weights
+from .features import FeatureMap, FeatureNetwork
+from .rollout import before_end, end_tokens, sample_rollouts
+from .scoring import prompt_log_probs, rollout_mask, rollout_weights
+from .verifiers import Verifier
 
 
 @torch.no_grad()
 def evaluation_sums(
     model: nn.Module,
-    feature_network: FeatureNetwork,
+    feature_network: FeatureMap,
     batch: dict[str, Any],
     options: EBFTOptions,
     *,
     generator: torch.Generator | None = None,
+    verifier: Verifier | None = None,
 ) -> Tensor:
     """Sums over one batch, to be added up over batches and ranks and given to `evaluation_metrics`.
 
@@ -32,17 +35,21 @@ def evaluation_sums(
 
     Args:
         model: the model to evaluate, in eval mode; autocast is the caller's.
-        feature_network: the frozen network that training compares in.
+        feature_network: the frozen network that training compares in, or another feature map, which is called for
+            every horizon.
         batch: what `EBFTCollator` returns, on the model's device.
         options: how to sample and how to compare.
         generator: of the rollouts, on the model's device.
+        verifier: whose rewards to measure too.
 
     Returns:
         [3 + 2 G] float32: nats, tokens, valid anchors; then per horizon 1..G, over valid anchors, the sum of the
-        feature-matching loss and of the alignment (mean over samples).
+        feature-matching loss and of the alignment (mean over samples); with a verifier one more, the same of its
+        reward.
     """
     prompt, layout, mask = batch["input_ids"], batch["layout"], batch.get("completion_mask")
     log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=mask)
+    ends = end_tokens(model, options.eos_token_ids)
     tokens, _ = sample_rollouts(
         model,
         prompt,
@@ -50,39 +57,63 @@ def evaluation_sums(
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
+        eos_token_ids=ends,
         generator=generator,
     )
+    masks = {
+        "token_mask": mask,
+        "rollout_mask": rollout_mask(before_end(tokens, ends) if ends else None, layout, mask),
+    }
+    valid = rollout_weights(layout, mask).any(-1)  # [B, A]
     # In its own precision, as in training, where autocast covers the model alone.
     with torch.autocast(prompt.device.type, enabled=False):
-        features = feature_network(layout.pack(prompt, tokens), layout, mask, pooling="token")
-    window_mask = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
-    valid = rollout_weights(layout, mask).any(-1)  # [B, A]
-    losses, alignments = _by_horizon(
-        *features, layout.windows(window_mask), valid, options, groups=feature_network.groups
-    )
-    head = [-(log_probs * counted).sum(), counted.sum(), valid.sum()]
-    return torch.stack([x.float() for x in (*head, *losses, *alignments)])
+        features = _features_by_horizon(feature_network, prompt, tokens, layout, masks, options)
+        losses, alignments = _by_horizon(features, valid, options, groups=getattr(feature_network, "groups", 1))
+    sums = [-(log_probs * counted).sum(), counted.sum(), valid.sum(), *losses, *alignments]
+    if verifier is not None:
+        sums.append((verifier(prompt, tokens, layout, **masks).mean(2) * valid).sum())
+    return torch.stack([x.float() for x in sums])
+
+
+def _features_by_horizon(
+    feature_network: FeatureMap,
+    prompt: Tensor,
+    tokens: Tensor,
+    layout: StridedLayout,
+    masks: dict[str, Tensor | None],
+    options: EBFTOptions,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rollout and target features of horizon 1, 2, .. G."""
+    if isinstance(feature_network, FeatureNetwork):
+        per_token = feature_network(layout.pack(prompt, tokens), layout, **masks, pooling="token")
+        window_mask, own_mask = masks["token_mask"], masks["rollout_mask"]
+        window_mask = torch.ones_like(prompt, dtype=torch.bool) if window_mask is None else window_mask
+        window_mask = layout.windows(window_mask)
+        counted = (window_mask[:, :, None] if own_mask is None else own_mask, window_mask)
+        for horizon in range(1, layout.horizon + 1):
+            rollouts, targets = (
+                pool_first_tokens(x, mask, horizon, options.pooling, groups=feature_network.groups)
+                for x, mask in zip(per_token, counted, strict=True)
+            )
+            yield rollouts, targets
+        return
+    layouts = [layout]
+    while layouts[-1].horizon > 1:
+        layouts.append(layouts[-1].without_last_step())
+    for cut in reversed(layouts):
+        own_mask = masks["rollout_mask"]
+        own_mask = None if own_mask is None else own_mask[..., : cut.horizon]
+        packed = cut.pack(prompt, tokens[..., : cut.horizon])
+        yield feature_network(packed, cut, token_mask=masks["token_mask"], rollout_mask=own_mask)
 
 
 def _by_horizon(
-    rollouts: Tensor,
-    targets: Tensor,
-    counted: Tensor,
-    valid: Tensor,
-    options: EBFTOptions,
-    *,
-    groups: int,
+    features: Iterable[tuple[Tensor, Tensor]], valid: Tensor, options: EBFTOptions, *, groups: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Features per token [B, A, n, G, F] and [B, A, G, F] -> the summed loss and alignment of each horizon."""
+    """Features of each horizon -> its summed loss and alignment."""
     losses, alignments = [], []
-    for horizon in range(1, targets.shape[2] + 1):
-        match = feature_matching(
-            pool_first_tokens(rollouts, counted[:, :, None], horizon, options.pooling, groups=groups),
-            pool_first_tokens(targets, counted, horizon, options.pooling, groups=groups),
-            whitening=options.whitening,
-            groups=groups,
-            valid=valid,
-        )
+    for pair in features:
+        match = feature_matching(*pair, whitening=options.whitening, groups=groups, valid=valid)
         # Features per token are compared token by token: the horizon's value is then the mean over its tokens.
         loss, alignment = match.loss.flatten(2).mean(2) if match.loss.ndim > 2 else match.loss, match.alignment
         losses.append((loss * valid).sum())
@@ -117,14 +148,14 @@ def pool_first_tokens(features: Tensor, counted: Tensor, horizon: int, pooling: 
 
 
 def evaluation_metrics(sums: Tensor, horizon: int) -> dict[str, float]:
-    """Means from the added-up sums of `evaluation_sums` [3 + 2 G].
+    """Means from the added-up sums of `evaluation_sums` [3 + 2 G], or [4 + 2 G] with a verifier's.
 
     Returns:
         ``cross_entropy`` (nats per counted token), ``perplexity``, ``feature_matching_loss`` and ``alignment`` at the
-        full horizon, and both as ``..._h1`` to ``..._hG``.
+        full horizon, and both as ``..._h1`` to ``..._hG``; ``verifier_reward`` if it was measured.
     """
     nats, tokens, anchors, *rest = sums.tolist()
-    losses, alignments = ([x / anchors for x in part] for part in (rest[:horizon], rest[horizon:]))
+    losses, alignments = ([x / anchors for x in part] for part in (rest[:horizon], rest[horizon : 2 * horizon]))
     cross_entropy = nats / tokens
     metrics = {
         "cross_entropy": cross_entropy,
@@ -134,4 +165,6 @@ def evaluation_metrics(sums: Tensor, horizon: int) -> dict[str, float]:
     }
     for name, values in (("feature_matching_loss", losses), ("alignment", alignments)):
         metrics.update({f"{name}_h{g}": value for g, value in enumerate(values, 1)})
+    for reward in rest[2 * horizon :]:
+        metrics["verifier_reward"] = reward / anchors
     return metrics

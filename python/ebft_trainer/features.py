@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,25 @@ from .rollout import evaluation_mode
 
 # As torch.nn.functional.normalize, and as pool_features.
 _EPS = 1e-12
+
+
+class FeatureMap(Protocol):
+    """Anything that turns packed rows into features: called with packed [B, S] and layout, and which tokens count.
+
+    ``token_mask`` [B, P] says it of the prompt (None: all) and ``rollout_mask`` [B, A, n, G] of the rollouts, whose
+    tokens after their end do not count (None: each counts as the prompt token in whose place it stands). It returns
+    rollout features [B, A, n, F] and target features [B, A, F] of one floating-point dtype, or both with a G axis
+    before F. It is called without gradient. If it has ``groups``, F is as many equal parts that are whitened apart.
+    """
+
+    def __call__(
+        self,
+        packed: Tensor,
+        layout: StridedLayout,
+        token_mask: Tensor | None = None,
+        *,
+        rollout_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class FeatureNetwork(nn.Module):
@@ -80,7 +99,7 @@ class FeatureNetwork(nn.Module):
         model = _unwrapped(model)
         self._copy: nn.Module | None = None
         self._shared: tuple[nn.Module, ...] = ()
-        if share or _has_adapters(model):
+        if share or has_adapters(model):
             # In a tuple, so that it is not a submodule: the policy's parameters are not this network's.
             self._shared = (model,)
         else:
@@ -116,6 +135,7 @@ class FeatureNetwork(nn.Module):
         layout: StridedLayout,
         token_mask: Tensor | None = None,
         *,
+        rollout_mask: Tensor | None = None,
         pooling: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Features of packed rows.
@@ -124,6 +144,8 @@ class FeatureNetwork(nn.Module):
             packed: [B, S] int64, prompts and rollouts (:meth:`ebft_kernels.StridedLayout.pack`).
             layout: of the packed rows.
             token_mask: [B, P] bool, prompt tokens that count; None: all.
+            rollout_mask: [B, A, n, G] bool, rollout tokens that count; None: each as the prompt token in whose place it
+                stands.
             pooling: instead of the network's own.
 
         Returns:
@@ -137,22 +159,21 @@ class FeatureNetwork(nn.Module):
         _check_packed(packed, layout)
         pooling = self.pooling if pooling is None else pooling
         check_option("pooling", pooling, POOLINGS)
+        masks = {"token_mask": token_mask, "rollout_mask": rollout_mask}
         at_once = self.normalize != "joint" or pooling == "last_token"
         normalize = "none" if self.normalize == "joint" else self.normalize
         taken: dict[int, Any] = {}
 
         def take(layer: int, hidden: Tensor) -> None:
             if at_once:
-                taken[layer] = pool_features(
-                    [hidden], layout, pooling=pooling, normalize=normalize, token_mask=token_mask
-                )
+                taken[layer] = pool_features([hidden], layout, pooling=pooling, normalize=normalize, **masks)
             else:
                 taken[layer] = hidden
 
         self._run(packed, layout, take)
         parts = [taken[layer] for layer in self.layers]
         if not at_once:
-            return pool_features(parts, layout, pooling=pooling, normalize="joint", token_mask=token_mask)
+            return pool_features(parts, layout, pooling=pooling, normalize="joint", **masks)
         rollouts, targets = (torch.cat(part, -1) for part in zip(*parts, strict=True))
         if self.normalize != "joint":
             return rollouts, targets
@@ -177,7 +198,7 @@ class FeatureNetwork(nn.Module):
         for layer in sorted(wanted - {0, len(blocks)}):
             handles.append(blocks[layer - 1].register_forward_hook(_on_output(tap, layer)))
         try:
-            with _adapters_off(model), evaluation_mode(model):
+            with adapters_off(model), evaluation_mode(model):
                 last = hidden_states(model, packed, layout)
                 if deepest == len(blocks):
                     tap(deepest, last)
@@ -250,16 +271,18 @@ def _copy_up_to(model: nn.Module, deepest: int) -> nn.Module:
     return copy.deepcopy(model, {id(module): nn.Identity() for module in left_out})
 
 
-def _has_adapters(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config")
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model inside any wrapper has PEFT adapters."""
+    return hasattr(_unwrapped(model), "peft_config")
 
 
 @contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
+def adapters_off(model: nn.Module) -> Iterator[None]:
     """Without PEFT adapters; afterwards each parameter takes a gradient if it did before."""
-    if not _has_adapters(model):
+    if not has_adapters(model):
         yield
         return
+    model = _unwrapped(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if hasattr(model, "disable_adapter"):

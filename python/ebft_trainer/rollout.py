@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ebft_kernels import StridedLayout
 from ebft_kernels._checks import check_int, check_tensor
+from ebft_kernels.integrations._models import base_model
 from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head
 
 # Logits held at once: 64 MB in float32.
@@ -28,14 +29,15 @@ def sample_rollouts(
     temperature: float,
     top_p: float = 1.0,
     top_k: int = 0,
+    eos_token_ids: Sequence[int] = (),
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``n`` rollouts of ``G`` tokens at every anchor, each given the prompt before its anchor.
 
     The prompt runs once for all samples, then each of the G-1 decoding steps runs ``A * n`` rows against the cached
     keys and values; the head runs on the rows that are sampled from, once per anchor for the first token. The model is
-    in eval mode meanwhile and afterwards as it was. A rollout does not end at an end-of-sequence token. Rollouts of
-    anchors that are not valid are drawn too and mean nothing.
+    in eval mode meanwhile and afterwards as it was. Rollouts of anchors that are not valid are drawn too and mean
+    nothing.
 
     Args:
         model: a transformers causal language model, wrapped or not.
@@ -45,6 +47,8 @@ def sample_rollouts(
         top_p: draw from the smallest set of tokens that together have at least this probability; 1: from all.
         top_k: draw from this many most likely tokens (before ``top_p``, whose probabilities then are relative to them);
             0: all.
+        eos_token_ids: tokens that end a rollout. What follows the first of them is filled with ``eos_token_ids[0]`` and
+            has log-probability 0 (see :func:`before_end`).
         generator: of the uniform numbers, on any device; None: torch's default one on the model's device. The same
             state gives the same rollouts on the same machine.
 
@@ -77,7 +81,37 @@ def sample_rollouts(
                 drawn = apply_head(model, tokens[-1].flatten(1), layout, later, cache=cache, step=step - 1)
             for part, results in zip(drawn, (tokens, log_probs), strict=True):
                 results.append(part.view(layout.batch_size, layout.num_anchors, layout.samples))
-    return torch.stack(tokens, 3), torch.stack(log_probs, 3)
+    rollouts, scores = torch.stack(tokens, 3), torch.stack(log_probs, 3)
+    if not eos_token_ids:
+        return rollouts, scores
+    alive = before_end(rollouts, eos_token_ids)
+    return rollouts.where(alive, eos_token_ids[0]), scores.where(alive, 0)
+
+
+def end_tokens(model: nn.Module, eos_token_ids: Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a rollout: those given, or for None those of the model's generation config, or its config.
+
+    Raises:
+        ValueError: one that is given is not in the model's vocabulary.
+        TypeError: ``model`` holds no transformers model.
+    """
+    base = base_model(model)
+    if eos_token_ids is not None:
+        vocabulary = base.config.get_text_config().vocab_size
+        if max(eos_token_ids, default=0) >= vocabulary:
+            raise ValueError(f"eos_token_ids: expected token ids below {vocabulary}, got {list(eos_token_ids)}")
+        return tuple(eos_token_ids)
+    for config in (getattr(base, "generation_config", None), base.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return (ids,) if isinstance(ids, int) else tuple(ids)
+    return ()
+
+
+def before_end(rollouts: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """[..., G] bool of rollouts [..., G]: the tokens up to the first of ``eos_token_ids``, that one included."""
+    ends = torch.isin(rollouts, torch.tensor(eos_token_ids, device=rollouts.device))
+    return ends.cumsum(-1) - ends.long() == 0
 
 
 def check_prompt(prompt: object, layout: object) -> None:

@@ -8,26 +8,39 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ebft_kernels import FeatureMatching, StridedLayout, feature_matching, linear_log_probs
+from ebft_kernels import FeatureMatching, StridedLayout, feature_matching
 from ebft_kernels._checks import check_tensor
-from ebft_kernels.integrations.transformers import OutputHead, apply_head
 
-from .rollout import check_prompt, sample_rollouts
+from .credit import entropy_penalty, kl_penalty, reward_advantages
+from .features import has_adapters
+from .rollout import before_end, end_tokens, sample_rollouts
+from .scoring import (
+    check_batch,
+    policy_log_probs,
+    prompt_log_probs,
+    reference_log_probs,
+    rollout_mask,
+    rollout_weights,
+    scored_prompt_tokens,
+)
 
 if TYPE_CHECKING:
     from .config import EBFTOptions
-    from .features import FeatureNetwork
+    from .features import FeatureMap
+    from .verifiers import Verifier
 
 
 class EBFTStep(NamedTuple):
-    """What :func:`ebft_step` returns. With ``rl_coef = 0`` there are no rollouts: the fields about them are None.
+    """What :func:`ebft_step` returns. What was not computed is None: all but the loss where there are no rollouts.
 
     Attributes:
         loss: scalar, to be differentiated.
         rollouts: [B, A, n, G] int64, the sampled tokens.
-        log_probs: [B, A, n, G], of these tokens under the policy at the sampling temperature; no gradient.
+        log_probs: [B, A, n, G], of these tokens under the policy at the sampling temperature, 0 after a rollout's end;
+            no gradient.
         match: feature-matching losses, rewards and advantages.
         metrics: scalar tensors without gradient, and Python floats; see :func:`ebft_step`.
+        verifier_reward: [B, A, n], what the verifier gave.
     """
 
     loss: Tensor
@@ -35,221 +48,283 @@ class EBFTStep(NamedTuple):
     log_probs: Tensor | None
     match: FeatureMatching | None
     metrics: dict[str, Tensor | float]
+    verifier_reward: Tensor | None = None
 
 
 def ebft_step(
     model: nn.Module,
-    feature_network: FeatureNetwork | None,
+    feature_network: FeatureMap | None,
     prompt: Tensor,
     layout: StridedLayout,
     config: EBFTOptions,
     *,
     token_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    verifier: Verifier | None = None,
+    reference_model: nn.Module | None = None,
     shares: Tensor | None = None,
 ) -> EBFTStep:
     """The whole method for one batch (arXiv:2603.12248); call ``.loss.backward()`` on what comes back.
 
-        loss = rl_coef * mean_i( - advantage_i * mean_g log p_T(token_ig) )  +  ce_coef * mean_t( - log p_1(x_t) )
+        loss = rl_coef       * mean_i( - feature_advantage_i  * mean_g log p_T(token_ig) )
+             + verifier_coef * mean_i( - verifier_advantage_i * mean_g log p_T(token_ig) )
+             + ce_coef       * mean_t( - log p_1(x_t) )
+             + kl_coef       * KL of p_T from the reference model   (:func:`ebft_trainer.credit.kl_penalty`)
+             - entropy_coef  * entropy of the rollouts under p_T    (:func:`ebft_trainer.credit.entropy_penalty`)
 
     over the rollouts i of valid anchors, at the sampling temperature T (1 where sampling is greedy), and over the
     prompt tokens t with a token of their document before them. With a token mask only counted tokens enter the means
     over g and t, and rollouts without any are left out. A term whose coefficient is 0 is not computed and not among the
-    metrics.
+    metrics; without any term over rollouts none are drawn.
+
+    Advantages are of one kind of reward each, and are mixed, not the rewards: the baseline of feature matching is not
+    that of rewards which do not depend on the other rollouts (:func:`ebft_trainer.credit.reward_advantages`). Where the
+    estimator is linear ("rloo", "reinforce") that is the advantage of the mixed reward.
+
+    A rollout ends with the first of the ``eos_token_ids``. What stands after it has no log-probability, no feature and
+    no credit. The mean over g still divides by the tokens that count in the rollout's window: dividing by a length that
+    was drawn would no longer give the gradient of the expected reward.
 
     Rollouts are sampled in eval mode. The policy's forward runs through ``model`` itself in the mode that it is in,
-    over the prompt and the first G-1 tokens of each rollout.
+    over the prompt and the first G-1 tokens of each rollout. Features and rewards take no gradient.
 
-    Metrics, over the rollouts that count:
-        ``loss/rl``, ``loss/ce``: the two terms without their coefficients.
+    Metrics, over the rollouts, and tokens of rollouts, that count:
+        ``loss/rl``, ``loss/verifier``, ``loss/ce``, ``loss/kl``, ``loss/entropy``: the terms without coefficients.
         ``feature_matching_loss``, ``alignment``, ``diversity``, ``reward``: means.
+        ``reward_std``: spread of the rewards of one anchor: root of their mean squared distance from their mean.
         ``advantage_std``: standard deviation of the advantages.
+        ``verifier_reward``, ``verifier_reward_std``, ``verifier_advantage_std``: the same of the verifier.
         ``duplicate_rate``: fraction of rollouts equal to an earlier one of their anchor.
+        ``eos_rate``: fraction of rollouts that ended, where there are tokens that end one.
         ``entropy``: mean of - log p_T of the sampled tokens, an unbiased estimate unless top-k or top-p is used.
         ``log_prob_gap``: mean absolute difference between a token's log-probability when it was sampled and in the
             policy's forward: rounding, and dropout if there is any.
         ``valid_anchors``: anchors that count; ``tokens``: of the packed rows, all included.
-        ``seconds/rollout``, ``seconds/features``, ``seconds/matching``, ``seconds/policy`` (forward and loss): the
-            host's time, which on an accelerator is the time to submit the work.
+        ``seconds/rollout``, ``seconds/features``, ``seconds/matching``, ``seconds/verifier``, ``seconds/reference``,
+            ``seconds/policy`` (forward and loss): the host's time, which on an accelerator is the time to submit the
+            work.
 
     Args:
         model: a transformers causal language model, wrapped or not.
-        feature_network: the frozen network; None only with ``rl_coef = 0``.
+        feature_network: the frozen network, or another :class:`ebft_trainer.FeatureMap`; None only with
+            ``rl_coef = 0``.
         prompt: [B, P] int64.
         layout: of the packed rows, on the prompt's device.
-        config: the method's options; geometry and kind of the features are those of layout and feature network.
+        config: the method's options; geometry and kind of the features are those of layout and feature network, the
+            verifier is not looked up.
         token_mask: [B, P] bool, prompt tokens that count (completions); None: all.
         generator: of the rollouts.
-        shares: [2], factors of the two terms of ``loss``, where several batches make one optimizer step: what this
-            batch has of :func:`loss_weights` of them all. None: 1. They are in no metric.
+        verifier: gives a reward to each rollout (:class:`ebft_trainer.TextVerifier`); None only with
+            ``verifier_coef = 0``.
+        reference_model: frozen, for ``kl_coef``; it costs its weights and one forward, no logits of all tokens. None:
+            the model with its PEFT adapters off.
+        shares: [2], factors of the terms of ``loss`` over rollouts and over prompt tokens, where several batches make
+            one optimizer step: what this batch has of :func:`ebft_trainer.scoring.loss_weights` of them all. None: 1.
+            They are in no metric.
 
     Raises:
-        ValueError: no valid anchor, no feature network, a shape or device that does not fit, a model that cannot be run
-            strided.
+        ValueError: no valid anchor, no feature network, verifier or reference where one is needed, a shape or device
+            (also of features and rewards) that does not fit, a model that cannot be run strided.
         TypeError: another type or dtype.
     """
-    _check_batch(prompt, layout, token_mask)
+    check_batch(prompt, layout, token_mask)
     if shares is None:
         shares = torch.ones(2, device=layout.device)
     else:
         check_tensor("shares", shares, "2", {}, device=layout.device)
-    if not config.rl_coef:
+    if not (config.rl_coef or config.verifier_coef or config.kl_coef or config.entropy_coef):
         return _cross_entropy_step(model, prompt, layout, config, token_mask, shares)
-    if feature_network is None:
-        raise ValueError(f"feature_network: expected one with rl_coef = {config.rl_coef}, got None")
     if not layout.num_valid:
         raise ValueError("layout: expected at least one valid anchor in the batch, got none")
+    _check_parts(model, feature_network, verifier, reference_model, config)
 
-    start = perf_counter()
-    rollouts, sampled_log_probs = sample_rollouts(
+    clock = _Clock()
+    drawn = _draw(model, prompt, layout, config, token_mask, generator)
+    clock.lap("rollout")
+    metrics = drawn.metrics()
+    advantages: dict[str, Tensor] = {}
+    match = rewards = reference = None
+    if config.rl_coef:
+        match = _matched(feature_network, drawn, config, clock)
+        advantages["rl"] = match.advantage
+        metrics |= _matching_metrics(match, drawn)
+    if config.verifier_coef:
+        rewards = _verified(verifier, drawn)
+        advantages["verifier"] = reward_advantages(rewards, config.estimator)
+        metrics |= _reward_metrics(rewards, advantages["verifier"], drawn, "verifier_")
+        clock.lap("verifier")
+    temperature = config.temperature or 1.0
+    if config.kl_coef:
+        reference = reference_log_probs(model, reference_model, prompt, drawn.tokens, layout, temperature=temperature)
+        clock.lap("reference")
+    log_probs, text_log_probs = policy_log_probs(
+        model, prompt, drawn.tokens, layout, temperature=temperature, score_prompt=config.ce_coef != 0
+    )
+    losses = _losses(drawn, log_probs, advantages, reference, config)
+    if text_log_probs is not None:
+        losses["ce"] = _masked_mean(-text_log_probs, scored_prompt_tokens(layout, token_mask))
+    loss = sum(getattr(config, f"{name}_coef") * shares[int(name == "ce")] * term for name, term in losses.items())
+    log_probs = drawn.until_end(log_probs.detach())
+    metrics |= {f"loss/{name}": term.detach() for name, term in losses.items()}
+    metrics["entropy"] = -drawn.mean(log_probs)
+    metrics["log_prob_gap"] = drawn.mean((log_probs - drawn.log_probs).abs())
+    metrics["tokens"] = float(layout.batch_size * layout.packed_length)
+    clock.lap("policy")
+    return EBFTStep(loss, drawn.tokens, log_probs, match, metrics | clock.seconds, rewards)
+
+
+def _losses(
+    drawn: _Drawn,
+    log_probs: Tensor,
+    advantages: dict[str, Tensor],
+    reference: Tensor | None,
+    config: EBFTOptions,
+) -> dict[str, Tensor]:
+    """The terms over rollouts by name, each without its coefficient, from log-probabilities [B, A, n, G]."""
+    log_probs = drawn.until_end(log_probs)
+    losses = {name: -drawn.loss_mean(_per_token(x) * log_probs) for name, x in advantages.items()}
+    if reference is not None:
+        penalty = kl_penalty(drawn.counted(log_probs), drawn.counted(reference), config.kl_estimator)
+        losses["kl"] = drawn.loss_mean(penalty)
+    if config.entropy_coef:
+        losses["entropy"] = drawn.loss_mean(entropy_penalty(drawn.counted(log_probs)))
+    return losses
+
+
+class _Clock:
+    """Seconds between laps, by the name of what was done."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = perf_counter()
+        self.seconds[f"seconds/{name}"] = now - self._last
+        self._last = now
+
+
+class _Drawn(NamedTuple):
+    """The rollouts of a batch, and which of their tokens count how much."""
+
+    prompt: Tensor  # [B, P]
+    layout: StridedLayout
+    token_mask: Tensor | None  # [B, P]
+    tokens: Tensor  # [B, A, n, G]
+    log_probs: Tensor  # [B, A, n, G]
+    alive: Tensor | None  # [B, A, n, G], up to a rollout's end; None: they never end
+    ended: Tensor | None  # [B, A, n]
+    weights: Tensor  # [B, A, G], see `rollout_weights`
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"B": self.layout.batch_size, "A": self.layout.num_anchors, "n": self.layout.samples}
+
+    @property
+    def masks(self) -> dict[str, Tensor | None]:
+        """What a feature map and a verifier are told of tokens that do not count."""
+        return {"token_mask": self.token_mask, "rollout_mask": rollout_mask(self.alive, self.layout, self.token_mask)}
+
+    def until_end(self, x: Tensor) -> Tensor:
+        """x [B, A, n, G], 0 after the end; what stands there is not read."""
+        return x if self.alive is None else x.where(self.alive, 0)
+
+    def counted(self, x: Tensor) -> Tensor:
+        """x [B, A, n, G], 0 for every token that does not count."""
+        return self.until_end(x).where(self.weights[:, :, None] > 0, 0)
+
+    def loss_mean(self, x: Tensor) -> Tensor:
+        """Mean over rollouts of the mean over the window's tokens of x [B, A, n, G], 0 after the end."""
+        return _mean(x, self.weights)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean of x over rollouts [B, A, n], or over their tokens [B, A, n, G]."""
+        if x.ndim == 3:
+            return _mean(x[..., None], self.weights)
+        if self.alive is None:
+            return _mean(x, self.weights)
+        share = _mean(self.alive.to(self.weights.dtype), self.weights)
+        return _mean(self.until_end(x), self.weights) / share.where(share > 0, 1)
+
+    def metrics(self) -> dict[str, Tensor | float]:
+        """Of the tokens alone."""
+        found: dict[str, Tensor | float] = {
+            "duplicate_rate": self.mean(_duplicates(self.tokens)),
+            "valid_anchors": self.weights.any(-1).sum(),
+        }
+        if self.ended is not None:
+            found["eos_rate"] = self.mean(self.ended)
+        return found
+
+
+def _draw(
+    model: nn.Module,
+    prompt: Tensor,
+    layout: StridedLayout,
+    config: EBFTOptions,
+    token_mask: Tensor | None,
+    generator: torch.Generator | None,
+) -> _Drawn:
+    ends = end_tokens(model, config.eos_token_ids)
+    tokens, log_probs = sample_rollouts(
         model,
         prompt,
         layout,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=config.top_k,
+        eos_token_ids=ends,
         generator=generator,
     )
-    rollouts_done = perf_counter()
-    features = feature_network(layout.pack(prompt, rollouts), layout, token_mask)
-    features_done = perf_counter()
-    weights = rollout_weights(layout, token_mask)  # [B, A, G]
+    weights = rollout_weights(layout, token_mask)
+    alive = ended = None
+    if ends:
+        alive = before_end(tokens, ends)
+        ended = torch.isin(tokens[..., -1], torch.tensor(ends, device=tokens.device))  # all after the end are such too
+    return _Drawn(prompt, layout, token_mask, tokens, log_probs, alive, ended, weights)
+
+
+@torch.no_grad()
+def _matched(feature_network: FeatureMap, drawn: _Drawn, config: EBFTOptions, clock: _Clock) -> FeatureMatching:
+    features = feature_network(drawn.layout.pack(drawn.prompt, drawn.tokens), drawn.layout, **drawn.masks)
+    for name, x, shape in zip(("rollout", "target"), features, ("B A n ...", "B A ..."), strict=True):
+        check_tensor(f"the feature map's {name} features", x, shape, drawn.sizes, device=drawn.layout.device)
+    clock.lap("features")
     match = feature_matching(
         *features,
         whitening=config.whitening,
         alignment_coef=config.alignment_coef,
         diversity_coef=config.diversity_coef,
         estimator=config.estimator,
-        groups=feature_network.groups,
-        valid=layout.valid,
+        groups=getattr(feature_network, "groups", 1),
+        valid=drawn.layout.valid,
     )
-    metrics: dict[str, Tensor | float] = _rollout_metrics(match, rollouts, weights)
-    matching_done = perf_counter()
-    log_probs, text_log_probs = policy_log_probs(
-        model, prompt, rollouts, layout, temperature=config.temperature or 1.0, score_prompt=config.ce_coef != 0
-    )
-    rl_loss = -_mean(_per_token(match.advantage) * log_probs, weights)
-    loss = config.rl_coef * shares[0] * rl_loss
-    metrics["loss/rl"] = rl_loss.detach()
-    if text_log_probs is not None:
-        ce_loss = _masked_mean(-text_log_probs, scored_prompt_tokens(layout, token_mask))
-        loss = loss + config.ce_coef * shares[1] * ce_loss
-        metrics["loss/ce"] = ce_loss.detach()
-    log_probs = log_probs.detach()
-    metrics["entropy"] = -_mean(log_probs, weights)
-    metrics["log_prob_gap"] = _mean((log_probs - sampled_log_probs).abs(), weights)
-    metrics["tokens"] = float(layout.batch_size * layout.packed_length)
-    metrics["seconds/rollout"] = rollouts_done - start
-    metrics["seconds/features"] = features_done - rollouts_done
-    metrics["seconds/matching"] = matching_done - features_done
-    metrics["seconds/policy"] = perf_counter() - matching_done
-    return EBFTStep(loss, rollouts, log_probs, match, metrics)
+    clock.lap("matching")
+    return match
 
 
-def policy_log_probs(
+@torch.no_grad()
+def _verified(verifier: Verifier, drawn: _Drawn) -> Tensor:
+    rewards = verifier(drawn.prompt, drawn.tokens, drawn.layout, **drawn.masks)
+    check_tensor("the verifier's rewards", rewards, "B A n", drawn.sizes, device=drawn.layout.device)
+    return rewards.to(drawn.log_probs.dtype).where(drawn.layout.valid[:, :, None], 0)
+
+
+def _check_parts(
     model: nn.Module,
-    prompt: Tensor,
-    rollouts: Tensor,
-    layout: StridedLayout,
-    *,
-    temperature: float = 1.0,
-    score_prompt: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of given rollouts, and of the prompt, by one differentiable forward through ``model``.
-
-    Each rollout token is scored given the prompt before its anchor and the rollout's earlier tokens. The last token of
-    a rollout is only ever a target, so it is not run.
-
-    Args:
-        model: a transformers causal language model, wrapped or not.
-        prompt: [B, P] int64.
-        rollouts: [B, A, n, G] int64.
-        layout: of the packed rows.
-        temperature: divides the logits that score the rollouts.
-        score_prompt: whether to score the prompt too, at temperature 1.
-
-    Returns:
-        [B, A, n, G] and, if asked for, [B, P-1]: entry t is token t + 1 (see :func:`scored_prompt_tokens`); float32
-        (float64 for a float64 model).
-
-    Raises:
-        ValueError: a shape, device or option that does not fit, a model that cannot be run strided.
-        TypeError: another type or dtype.
-    """
-    check_prompt(prompt, layout)
-    sizes = {"B": layout.batch_size, "A": layout.num_anchors, "n": layout.samples, "G": layout.horizon}
-    check_tensor("rollouts", rollouts, "B A n G", sizes, dtype=torch.int64, device=layout.device)
-    short = layout.without_last_step()
-
-    def score(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, P + A*n*(G-1), C]
-        log_probs = _score(layout.predictors(hidden), head, rollouts, temperature)
-        return (log_probs, _score_prompt(hidden, head, prompt)) if score_prompt else (log_probs,)
-
-    log_probs, *text_log_probs = apply_head(model, short.pack(prompt, rollouts[..., :-1]), short, score)
-    return log_probs, text_log_probs[0] if score_prompt else None
-
-
-def prompt_log_probs(
-    model: nn.Module, prompt: Tensor, layout: StridedLayout, *, token_mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the prompts' own tokens at temperature 1, by a forward without any rollouts. Differentiable.
-
-    Args:
-        model: a transformers causal language model, wrapped or not.
-        prompt: [B, P] int64.
-        layout: of the packed rows; its documents and padding count, its anchors do not.
-        token_mask: [B, P] bool, prompt tokens that count; None: all.
-
-    Returns:
-        log_probs [B, P-1], where entry t is token t + 1, and counted [B, P-1] bool, see :func:`scored_prompt_tokens`.
-
-    Raises:
-        ValueError: a shape or device that does not fit, a model that cannot be run strided.
-        TypeError: another type or dtype.
-    """
-    _check_batch(prompt, layout, token_mask)
-
-    def score(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
-        return (_score_prompt(hidden, head, prompt),)
-
-    (log_probs,) = apply_head(model, prompt, layout.prompt_only(), score)
-    return log_probs, scored_prompt_tokens(layout, token_mask)
-
-
-def scored_prompt_tokens(layout: StridedLayout, token_mask: Tensor | None = None) -> Tensor:
-    """[B, P-1] bool, entry t: token t + 1 is no padding, has a token of its document before it, and counts."""
-    position = torch.arange(1, layout.length, device=layout.device)
-    counted = (position < layout.lengths[:, None]) & (layout.prompt_start[:, 1:] != position)
-    return counted if token_mask is None else counted & token_mask[:, 1:]
-
-
-def rollout_weights(layout: StridedLayout, token_mask: Tensor | None = None) -> Tensor:
-    """[B, A, G] float32, the share of every rollout token in a mean over anchors of a mean over tokens.
-
-    Anchors that are not valid or have no counted token in their window have no share; the shares of the others are
-    equal, and are divided equally among their counted tokens.
-    """
-    valid = layout.valid[:, :, None]
-    counted = valid.expand(-1, -1, layout.horizon) if token_mask is None else valid & layout.windows(token_mask)
-    tokens = counted.sum(-1, keepdim=True)  # [B, A, 1]
-    anchors = (tokens > 0).sum()
-    return counted / (tokens * anchors).clamp_min(1)
-
-
-def loss_weights(layout: StridedLayout, token_mask: Tensor | None = None) -> Tensor:
-    """[2] float32: the anchors and the prompt tokens that count, over which the two terms of the loss are means.
-
-    Known before anything is sampled, so that batches that make one optimizer step can be given their ``shares``.
-    """
-    anchors = rollout_weights(layout, token_mask).any(-1).sum()
-    return torch.stack([anchors, scored_prompt_tokens(layout, token_mask).sum()]).float()
-
-
-def _check_batch(prompt: object, layout: object, token_mask: object) -> None:
-    check_prompt(prompt, layout)
-    if token_mask is not None:
-        sizes = {"B": layout.batch_size, "P": layout.length}
-        check_tensor("token_mask", token_mask, "B P", sizes, dtype=torch.bool, device=layout.device)
+    feature_network: FeatureMap | None,
+    verifier: Verifier | None,
+    reference_model: nn.Module | None,
+    config: EBFTOptions,
+) -> None:
+    if config.rl_coef and feature_network is None:
+        raise ValueError(f"feature_network: expected one with rl_coef = {config.rl_coef}, got None")
+    if config.verifier_coef and verifier is None:
+        raise ValueError(f"verifier: expected one with verifier_coef = {config.verifier_coef}, got None")
+    if config.kl_coef and reference_model is None and not has_adapters(model):
+        raise ValueError(
+            f"reference_model: expected one with kl_coef = {config.kl_coef} and a model without PEFT adapters, got None"
+        )
 
 
 def _cross_entropy_step(
@@ -271,35 +346,24 @@ def _cross_entropy_step(
     return EBFTStep(config.ce_coef * shares[1] * ce_loss, None, None, None, metrics)
 
 
-def _score(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float) -> Tensor:
-    return linear_log_probs(
-        hidden.to(head.weight.dtype),
-        head.weight,
-        targets,
-        bias=head.bias,
-        temperature=temperature,
-        softcap=head.softcap,
-        scale=head.scale,
-    )
-
-
-def _score_prompt(hidden: Tensor, head: OutputHead, prompt: Tensor) -> Tensor:
-    return _score(hidden[:, : prompt.shape[1] - 1], head, prompt[:, 1:], 1.0)
-
-
-def _rollout_metrics(match: FeatureMatching, rollouts: Tensor, weights: Tensor) -> dict[str, Tensor | float]:
-    """Means of what matching found [B, A, n] (or with a G axis) over the rollouts that count."""
+def _matching_metrics(match: FeatureMatching, drawn: _Drawn) -> dict[str, Tensor | float]:
+    """Means of what matching found, [B, A, n] (or with a G axis)."""
     loss = match.loss[:, :, None] if match.loss.ndim == 3 else match.loss[:, :, None, None]
-    advantage = _per_token(match.advantage)
-    deviation = advantage - _mean(advantage, weights)
     return {
-        "feature_matching_loss": _mean(loss, weights),
-        "alignment": _mean(_per_token(match.alignment), weights),
-        "diversity": _mean(_per_token(match.diversity), weights),
-        "reward": _mean(_per_token(match.reward), weights),
-        "advantage_std": _mean(deviation.square(), weights).sqrt(),
-        "duplicate_rate": _mean(_duplicates(rollouts)[..., None], weights),
-        "valid_anchors": weights.any(-1).sum(),
+        "feature_matching_loss": _mean(loss, drawn.weights),
+        "alignment": drawn.mean(match.alignment),
+        "diversity": drawn.mean(match.diversity),
+        **_reward_metrics(match.reward, match.advantage, drawn),
+    }
+
+
+def _reward_metrics(reward: Tensor, advantage: Tensor, drawn: _Drawn, prefix: str = "") -> dict[str, Tensor | float]:
+    within_anchor = reward - reward.mean(2, keepdim=True)
+    over_all = advantage - drawn.mean(advantage)
+    return {
+        f"{prefix}reward": drawn.mean(reward),
+        f"{prefix}reward_std": drawn.mean(within_anchor.square()).sqrt(),
+        f"{prefix}advantage_std": drawn.mean(over_all.square()).sqrt(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
@@ -34,10 +35,13 @@ from .checkpoint import (
 from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
-from .features import FeatureNetwork
+from .feature_maps import build_feature_map
+from .features import FeatureMap, FeatureNetwork, has_adapters
 from .metrics import MetricSums
 from .rollout import evaluation_mode
-from .step import ebft_step, loss_weights
+from .scoring import loss_weights
+from .step import ebft_step
+from .verifiers import Verifier, load_verifier
 
 
 class EBFTTrainer(Trainer):
@@ -75,7 +79,9 @@ class EBFTTrainer(Trainer):
         *,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        feature_network: FeatureNetwork | None = None,
+        feature_network: FeatureMap | None = None,
+        verifier: Verifier | None = None,
+        reference_model: nn.Module | None = None,
         processing_class: Any = None,
         data_collator: Any = None,
         callbacks: list[Any] | None = None,
@@ -89,7 +95,12 @@ class EBFTTrainer(Trainer):
             train_dataset: rows with ``input_ids`` and optionally ``attention_mask``, ``completion_mask``,
                 ``document_ids``; a list, or any dataset. All rows are read once here, unless they have no length.
             eval_dataset: the same, or a dict of several; must have a length.
-            feature_network: default: a frozen copy of ``model`` as it is now (with PEFT: the model without adapters).
+            feature_network: what to compare in; default: what ``args`` say, usually a frozen copy of ``model`` as it is
+                now (with PEFT: the model without adapters).
+            verifier: gives a reward to each rollout; default: ``args.verifier`` on text decoded by
+                ``processing_class``. Without ``verifier_coef`` it is only measured, in evaluation.
+            reference_model: frozen, for ``args.kl_coef``; default: a copy of the whole ``model`` as it is now, which
+                the feature network then shares (with PEFT: the model without adapters, at no cost).
             processing_class: the tokenizer, saved with each checkpoint; its padding token fills batches.
             data_collator: default: `EBFTCollator`. Another one returns ``input_ids`` and ``layout``, the
                 `StridedLayout` of the batch, and optionally ``completion_mask``: it decides where anchors stand.
@@ -128,8 +139,20 @@ class EBFTTrainer(Trainer):
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
             _check_rows(name, dataset, data_collator)
+        if verifier is None and args.verifier is not None:
+            verifier = load_verifier(args.verifier, processing_class)
+        if args.verifier_coef and verifier is None:
+            raise ValueError(f"verifier: expected one with verifier_coef = {args.verifier_coef}, got None")
+        frozen = None
+        if reference_model is None and args.kl_coef and not has_adapters(model):
+            reference_model = frozen = copy.deepcopy(model)
+        if reference_model is not None:
+            check_model(reference_model).require()
+            output_head(reference_model)
         if feature_network is None and (args.rl_coef > 0 or eval_dataset is not None):
-            feature_network = FeatureNetwork(model, args.feature_layers, pooling=args.pooling, normalize=args.normalize)
+            feature_network = build_feature_map(
+                model if frozen is None else frozen, processing_class, args, share=frozen is not None
+            )
         if args.should_save:
             check_writable(args.output_dir)
         super().__init__(
@@ -144,9 +167,18 @@ class EBFTTrainer(Trainer):
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: accelerate does not shard on {args.device}; it needs an accelerator per process")
-        self.feature_network = None if feature_network is None else feature_network.to(args.device)
+        self.feature_network = feature_network
+        if isinstance(feature_network, nn.Module):
+            self.feature_network = feature_network.to(args.device)
         if args.shard_feature_network and feature_network is not None:
-            self.feature_network.shard()
+            if not isinstance(feature_network, FeatureNetwork):
+                kind = type(feature_network).__name__
+                raise ValueError(f"shard_feature_network: expected a FeatureNetwork to shard, got {kind}")
+            feature_network.shard()
+        self.verifier = verifier
+        self.reference_model = None
+        if reference_model is not None:
+            self.reference_model = _UnderAutocast(reference_model.to(args.device), self.accelerator)
         # What releases that do not know `loss_is_scaled_for_ga` go by.
         self.model_accepts_loss_kwargs = True
         self._metrics = MetricSums()
@@ -219,6 +251,8 @@ class EBFTTrainer(Trainer):
             token_mask=inputs.get("completion_mask"),
             generator=self._generator(self.args.seed, "train", self.state.global_step, micro_batch),
             shares=shares,
+            verifier=self.verifier,
+            reference_model=self.reference_model,
         )
         self._metrics.add({**result.metrics, "loss": result.loss}, weights)
         finite = result.loss.detach().isfinite()
@@ -245,7 +279,7 @@ class EBFTTrainer(Trainer):
         Returns:
             ``eval_cross_entropy`` (nats per token; also as ``eval_loss``), ``eval_perplexity``, and for rollouts of the
             trained horizon ``eval_feature_matching_loss`` and ``eval_alignment``; both also per horizon 1..G, named
-            ``eval_alignment_h1`` and so on.
+            ``eval_alignment_h1`` and so on; with a verifier ``eval_verifier_reward``.
 
         Raises:
             ValueError: there is no dataset, or it has no length or no rows.
@@ -290,7 +324,12 @@ class EBFTTrainer(Trainer):
                 batch = {name: value.to(self.args.device) for name, value in batch.items()}
                 generator = self._generator(self.args.eval_seed, "eval", number)
                 result = evaluation_sums(
-                    self.model_wrapped, self.feature_network, batch, self.args, generator=generator
+                    self.model_wrapped,
+                    self.feature_network,
+                    batch,
+                    self.args,
+                    generator=generator,
+                    verifier=self.verifier,
                 )
                 sums.append(result if number < len(batches) else torch.zeros_like(result))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -350,6 +389,19 @@ class EBFTTrainer(Trainer):
         key = (seed, *parts) if parts[0] == "eval" else (seed, *parts, self.args.process_index)
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
         return torch.Generator(self.args.device).manual_seed(int.from_bytes(digest, "big", signed=True))
+
+
+class _UnderAutocast(nn.Module):
+    """The reference model in the policy's precision: rounding that both share does not count as divergence."""
+
+    def __init__(self, module: nn.Module, accelerator: Any) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self._autocast = accelerator.autocast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._autocast():
+            return self.module(*args, **kwargs)
 
 
 class _NonFiniteSteps(TrainerCallback):

@@ -37,7 +37,7 @@ def test_its_mask_is_that_of_the_layout_in_reference_order():
 
 @pytest.mark.parametrize("samples", (1, 2, 4))
 def test_its_numbers_and_gradients_are_those_of_the_library(model, samples):
-    options = EBFTOptions(samples=samples, ce_coef=0.3, whitening="sample")
+    options = EBFTOptions(samples=samples, ce_coef=0.3, whitening="sample", eos_token_ids=[])
     layout = StridedLayout.strided(2, 30, context=3, stride=4, horizon=5, samples=samples)
     prompt = torch.randint(53, (2, 30), generator=torch.Generator().manual_seed(2))
     runs = (

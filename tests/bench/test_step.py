@@ -27,7 +27,7 @@ def test_everyone_is_timed_by_phase(setup):
 
 
 def test_another_loss_stops_it(setup, monkeypatch):
-    real, other = step.published_step, step.EBFTOptions(temperature=1.5, alignment_coef=3.0)
+    real, other = step.published_step, step.EBFTOptions(eos_token_ids=[], temperature=1.5, alignment_coef=3.0)
     monkeypatch.setattr(step, "published_step", lambda *args, **kwargs: real(*args[:4], other, **kwargs))
     with pytest.raises(RuntimeError, match="published algorithm: loss"):
         setup.time(NAMES[:2], rounds=1)

@@ -24,7 +24,8 @@ from ebft_trainer import step
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.features import FeatureNetwork
 from ebft_trainer.rollout import sample_rollouts
-from ebft_trainer.step import ebft_step, policy_log_probs
+from ebft_trainer.scoring import policy_log_probs
+from ebft_trainer.step import ebft_step
 
 from ..model_checks import assert_gradients_within_budget, gradient_budget
 from .loader import GOLDEN_DIR, case_parameters, load_case
@@ -317,6 +318,7 @@ def test_one_step(name, monkeypatch):
     coefficients = {key: config[key] for key in ("rl_coef", "ce_coef")}
     options = EBFTOptions(
         temperature=case.temperature,
+        eos_token_ids=[],
         **coefficients,
         **{key: value for key, value in case.matching.items() if key != "groups"},
     )

@@ -81,6 +81,52 @@ def test_agrees_with_loops(name, pooling, normalize, masked, impl):
             assert (rollouts[b, a, j] - expected).abs().max() <= 20 * EPS
 
 
+def ended_at(layout: StridedLayout) -> Tensor:
+    """[B, A, n, G]: rollouts that end anywhere, some before their first token."""
+    steps = torch.randint(layout.horizon + 1, layout.anchors.shape + (layout.samples, 1), generator=numbers(4))
+    return torch.arange(layout.horizon) < steps
+
+
+def numbers(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("pooling", api.POOLINGS)
+def test_every_rollout_counts_by_its_own_mask(pooling, masked, impl):
+    layout = LAYOUTS["overlapping"]()
+    hidden = hidden_inputs(layout)
+    mask, own = random_mask(layout) if masked else None, ended_at(layout)
+    options = {"pooling": pooling, "token_mask": mask, "impl": impl}
+    rollouts, targets = pool_features(hidden, layout, rollout_mask=own, **options)
+    shared, same = pool_features(hidden, layout, **options)
+    assert rollouts.shape == shared.shape and rollouts.dtype == shared.dtype
+    assert (targets - same).abs().max() <= 20 * EPS
+    for b, a in layout.valid.nonzero().tolist():
+        for j in range(layout.samples):
+            rows = [layout.length + (a * layout.samples + j) * layout.horizon + g for g in range(layout.horizon)]
+            tokens = [[h[b, i] for h in hidden] for i in rows]
+            expected = brute_force(tokens, own[b, a, j].tolist(), pooling, "joint")
+            assert (rollouts[b, a, j] - expected).abs().max() <= 20 * EPS
+    whole = torch.ones_like(own) if mask is None else layout.windows(mask)[:, :, None].expand_as(own)
+    for x, y in zip(pool_features(hidden, layout, rollout_mask=whole, **options), (shared, same), strict=True):
+        assert (x - y).abs().max() <= 20 * EPS
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("pooling", api.POOLINGS)
+def test_gradients_where_every_rollout_has_its_own_mask(pooling, impl):
+    layout = StridedLayout.strided(2, 6, context=2, stride=1, horizon=2, samples=2)
+    hidden = [h.requires_grad_() for h in hidden_inputs(layout, layers=2, channels=2)]
+    own = ended_at(layout)
+
+    def pool(*hidden):
+        return pool_features(hidden, layout, pooling=pooling, rollout_mask=own, impl=impl)
+
+    assert torch.autograd.gradcheck(pool, hidden)
+
+
 def eager(hidden: list[Tensor], layout: StridedLayout, pooling: str, normalize: str, mask: Tensor | None):
     """Plain PyTorch in the dtype of the hidden states, over all tokens."""
     x = torch.stack(hidden, 2)  # [B, S, L, C]
@@ -319,6 +365,12 @@ BAD = [
     ),
     ({"token_mask": torch.ones(2, 11, dtype=torch.bool)}, ValueError, r"token_mask: expected shape \[B=2, P=12\]"),
     ({"token_mask": torch.ones(2, 12)}, TypeError, "token_mask: expected dtype bool, got float32"),
+    (
+        {"rollout_mask": torch.ones(2, 2, 2, dtype=torch.bool)},
+        ValueError,
+        r"rollout_mask: expected shape \[B=2, A=2, n=2, G=2\]",
+    ),
+    ({"rollout_mask": torch.ones(2, 2, 2, 2)}, TypeError, "rollout_mask: expected dtype bool, got float32"),
     ({"pooling": "max"}, ValueError, "pooling: expected one of 'last_token', 'mean', 'concat', 'token'; got 'max'"),
     ({"normalize": True}, ValueError, "normalize: expected one of 'joint', 'per_layer', 'none'; got True"),
     ({"impl": "fast"}, ValueError, "impl: expected one of"),

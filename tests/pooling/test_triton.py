@@ -73,6 +73,19 @@ def test_every_option(pooling, normalize, masked):
     assert_right(layout, hidden_inputs(layout), pooling, normalize, mask)
 
 
+@pytest.mark.parametrize("pooling", api.POOLINGS)
+def test_masks_of_single_rollouts(pooling):
+    layout = small_layout()
+    hidden = [h.detach() for h in hidden_inputs(layout)]
+    own = (torch.arange(layout.anchors.numel() * 4, device=DEVICE) % 3 > 0).view(*layout.anchors.shape, 2, 2)
+    options = {"pooling": pooling, "rollout_mask": own}
+    actual = pool_features(hidden, layout, impl="triton", **options)
+    plain = pool_features(hidden, layout, impl="reference", **options)
+    truth = pool_features([h.double() for h in hidden], layout, impl="reference", **options)
+    for tensors in zip(actual, plain, truth, strict=True):
+        assert_within_budget(*tensors)
+
+
 @pytest.mark.parametrize("pooling", ("last_token", "mean"))
 def test_float16(pooling):
     layout = small_layout()

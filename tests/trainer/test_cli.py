@@ -105,6 +105,17 @@ def test_held_out_data_may_be_given(train, text, tmp_path):
     assert "before" in json.loads((tmp_path / "run" / "results.json").read_text())
 
 
+def test_objectives_of_the_command_line(train, tmp_path):
+    options = "--objective rlvr --verifier char_f_score --kl-coef 0.1 --eos-token-ids --max-steps 1 --logging-steps 1"
+    train(*options.split())
+    run = json.loads((tmp_path / "run" / "ebft.json").read_text())["options"]
+    assert (run["objective"], run["rl_coef"], run["verifier_coef"], run["eos_token_ids"]) == ("rlvr", 0, 1, [])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (line,) = (line for line in results["log"] if "loss/verifier" in line)
+    assert "loss/kl" in line and "eos_rate" not in line and "loss/rl" not in line
+    assert 0 <= results["after"]["eval_verifier_reward"] <= 1
+
+
 def test_several_documents_are_held_out_whole(model_folder, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(json.dumps({"prompt": "2 + 2 = ", "completion": "four, " * 5}) for _ in range(10)))
@@ -197,6 +208,10 @@ def test_another_run_is_not_resumed(train, model_folder, text, tmp_path, capsys)
         (["--horizon", "0"], "horizon: expected at least 1, got 0"),
         (["--horizon", "many"], "argument --horizon: invalid int value: 'many'"),
         (["--pooling", "max"], "argument --pooling: invalid choice"),
+        (["--objective", "dpo"], "argument --objective: invalid choice: 'dpo'"),
+        (["--objective", "rlvr"], "verifier: expected one with verifier_coef = 1.0, got None"),
+        (["--verifier", "bleu"], "verifier: expected 'exact_match', 'parses_as_python', 'char_f_score' or"),
+        (["--feature-map", "no_such_module:f"], "feature_map: cannot load 'no_such_module:f'"),
         (["--feature-layers", "half"], "argument --feature-layers: invalid"),
         (["--feature-layers", "9"], "layers: expected layer numbers from 0 to 4"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),

@@ -18,6 +18,25 @@ def test_the_defaults_are_those_of_the_authors():
     assert (options.pooling, options.normalize, options.whitening) == ("last_token", "joint", "sample")
     assert (options.alignment_coef, options.diversity_coef, options.rl_coef, options.ce_coef) == (1, 1, 1, 0)
     assert options.estimator == "rloo"
+    assert (options.objective, options.verifier_coef, options.kl_coef, options.entropy_coef) == ("ebft", 0, 0, 0)
+    assert (options.eos_token_ids, options.feature_map, options.verifier) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    (
+        ({}, (1.0, 0.0, 0.0)),
+        ({"objective": "sft"}, (0.0, 0.0, 1.0)),
+        ({"objective": "rlvr"}, (0.0, 1.0, 0.0)),
+        ({"objective": "rlvr", "ce_coef": 0.1, "rl_coef": 0.5}, (0.5, 1.0, 0.1)),
+        ({"objective": "sft", "ce_coef": 2.0}, (0.0, 0.0, 2.0)),
+        ({"objective": "ebft", "rl_coef": 0.0, "ce_coef": 1.0}, (0.0, 0.0, 1.0)),
+    ),
+)
+def test_an_objective_is_a_choice_of_defaults(given, expected, tmp_path):
+    for options in (EBFTOptions(**given), EBFTConfig(output_dir=str(tmp_path), **given)):
+        assert (options.rl_coef, options.verifier_coef, options.ce_coef) == expected
+        assert options_of(options) == EBFTOptions(**vars(EBFTOptions(**given)))
 
 
 def test_the_config_adds_fields_to_training_arguments_and_changes_four_defaults(tmp_path):
@@ -40,10 +59,12 @@ def test_every_added_field_has_a_help_text():
 
 def test_the_parser_of_transformers_reads_it(tmp_path):
     line = f"--output_dir {tmp_path} --feature_layers 0.5 1.0 --pooling mean --samples 2 --learning_rate 1e-4"
+    line += " --objective rlvr --verifier exact_match --ce_coef 0.5 --eos_token_ids 2 3"
     (config,) = HfArgumentParser(EBFTConfig).parse_args_into_dataclasses(line.split())
     assert (config.feature_layers, config.pooling, config.samples) == ([0.5, 1.0], "mean", 2)
     assert config.learning_rate == 1e-4
-    assert options_of(config) == EBFTOptions(feature_layers=[0.5, 1.0], pooling="mean", samples=2)
+    given = {"objective": "rlvr", "verifier": "exact_match", "ce_coef": 0.5, "eos_token_ids": [2, 3]}
+    assert options_of(config) == EBFTOptions(feature_layers=[0.5, 1.0], pooling="mean", samples=2, **given)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +81,23 @@ def test_the_parser_of_transformers_reads_it(tmp_path):
         ({"top_p": 0}, ValueError, "top_p: expected a number above 0, at most 1, got 0"),
         ({"top_p": 1.5}, ValueError, "top_p: expected a number above 0, at most 1, got 1.5"),
         ({"ce_coef": -1.0}, ValueError, "ce_coef: expected a number of at least 0, got -1.0"),
-        ({"rl_coef": 0}, ValueError, "rl_coef, ce_coef: expected at least one above 0"),
+        ({"rl_coef": 0}, ValueError, "rl_coef, verifier_coef, ce_coef: expected at least one above 0"),
+        ({"objective": "dpo"}, ValueError, "objective: expected one of 'ebft', 'sft', 'rlvr'; got 'dpo'"),
+        ({"verifier_coef": -1.0}, ValueError, "verifier_coef: expected a number of at least 0, got -1.0"),
+        ({"kl_coef": float("nan")}, ValueError, "kl_coef: expected a number of at least 0, got nan"),
+        ({"entropy_coef": "much"}, TypeError, "entropy_coef: expected a number of at least 0, got 'much'"),
+        ({"kl_estimator": "k4"}, ValueError, "kl_estimator: expected one of 'k1', 'k2', 'k3'; got 'k4'"),
+        (
+            {"kl_coef": 0.1, "temperature": 0.0},
+            ValueError,
+            "kl_coef: expected 0 with temperature 0, got 0.1: greedy rollouts are no samples",
+        ),
+        ({"entropy_coef": 0.1, "temperature": 0}, ValueError, "entropy_coef: expected 0 with temperature 0, got 0.1"),
+        ({"verifier": len}, TypeError, "verifier: expected a name such as 'module:function', got <built-in"),
+        ({"feature_map": 3}, TypeError, "feature_map: expected a name such as 'module:function', got 3"),
+        ({"eos_token_ids": 2}, TypeError, "eos_token_ids: expected a list of token ids, got 2"),
+        ({"eos_token_ids": [True]}, TypeError, r"eos_token_ids: expected a list of token ids, got \[True\]"),
+        ({"eos_token_ids": [2, -1]}, ValueError, r"eos_token_ids: expected token ids of at least 0, got \[2, -1\]"),
         ({"pooling": "max"}, ValueError, "pooling: expected one of 'last_token', .*; got 'max'"),
         ({"normalize": "l2"}, ValueError, "normalize: expected one of 'joint', .*; got 'l2'"),
         ({"whitening": "zca"}, ValueError, "whitening: expected one of 'none', .*; got 'zca'"),

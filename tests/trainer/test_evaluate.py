@@ -62,6 +62,53 @@ def test_every_horizon_is_what_a_run_with_that_horizon_would_measure(plain, pool
     assert metrics["alignment"] == metrics["alignment_h3"]
 
 
+@pytest.mark.parametrize("pooling", ["last_token", "mean", "concat"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_another_feature_map_is_asked_for_every_horizon_and_sees_ends(plain, pooling, masked):
+    """The same network, once as what it is and once as any function: the same numbers."""
+    options = EBFTOptions(**GEOMETRY, pooling=pooling, eos_token_ids=list(range(0, 61, 3)))
+    model, network = plain.build(), FeatureNetwork(plain.build(seed=5), [1, 3], pooling=pooling)
+    rows = random_rows(17, 12)
+    if masked:
+        rows[0]["completion_mask"] = [0] * 6 + [1] * 4 + [0] * 2 + [1] * 5
+    batch = EBFTCollator(options)(rows)
+    seen = []
+
+    def features(packed, layout, token_mask=None, *, rollout_mask=None):
+        seen.append(layout.horizon)
+        assert rollout_mask.shape[3] == layout.horizon and (layout.horizon == 1 or not rollout_mask.all())
+        return network(packed, layout, token_mask, rollout_mask=rollout_mask)
+
+    def sums(feature_map):
+        generator = torch.Generator().manual_seed(3)
+        return evaluation_sums(model, feature_map, batch, options, generator=generator)
+
+    expected = sums(network)
+    torch.testing.assert_close(sums(features), expected, rtol=1e-4, atol=1e-4)
+    assert seen == [1, 2, 3]
+    options.eos_token_ids = []
+    assert not torch.allclose(sums(network)[3:], expected[3:], rtol=1e-3), "without ends there are other features"
+
+
+def test_a_verifiers_reward_is_measured_too(plain):
+    options, model = EBFTOptions(**GEOMETRY), plain.build()
+    batch = EBFTCollator(options)(random_rows(17, 12))
+    layout = batch["layout"]
+    given = []
+
+    def verifier(_prompt, rollouts, _layout, *, token_mask, rollout_mask):
+        assert token_mask is None and rollout_mask is None
+        given.append(rollouts.double().mean(-1))
+        return given[0]
+
+    generator = torch.Generator().manual_seed(3)
+    sums = evaluation_sums(model, FeatureNetwork(model, [2]), batch, options, generator=generator, verifier=verifier)
+    assert len(sums) == 4 + 2 * 3
+    metrics = evaluation_metrics(sums, 3)
+    assert metrics["verifier_reward"] == pytest.approx(given[0][layout.valid].mean().item(), rel=1e-6)
+    assert "verifier_reward" not in evaluation_metrics(sums[:-1], 3)
+
+
 @pytest.mark.parametrize("pooling", ["last_token", "mean", "concat", "token"])
 @pytest.mark.parametrize("normalize", ["joint", "per_layer"])
 def test_pooled_features_of_the_full_window_follow_from_those_per_token(pooling, normalize):

@@ -16,13 +16,20 @@ from ebft_kernels.testing import assert_within_budget
 from ebft_trainer import step
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.features import FeatureNetwork
-from ebft_trainer.step import ebft_step, policy_log_probs, prompt_log_probs, rollout_weights, scored_prompt_tokens
+from ebft_trainer.scoring import (
+    loss_weights,
+    policy_log_probs,
+    prompt_log_probs,
+    rollout_weights,
+    scored_prompt_tokens,
+)
+from ebft_trainer.step import ebft_step
 
 from ..model_checks import assert_gradients_within_budget
 
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt_oss")
 METRICS = {
-    *("loss/rl", "loss/ce", "feature_matching_loss", "alignment", "diversity", "reward", "advantage_std"),
+    *("loss/rl", "loss/ce", "feature_matching_loss", "alignment", "diversity", "reward", "reward_std", "advantage_std"),
     *("duplicate_rate", "entropy", "log_prob_gap", "valid_anchors", "tokens"),
     *("seconds/rollout", "seconds/features", "seconds/matching", "seconds/policy"),
 }
@@ -224,10 +231,10 @@ def test_shares_weigh_the_two_terms_of_the_loss_and_no_metric(plain):
 def test_what_a_batch_weighs(plain):
     layout = plain.layouts["uneven"]()
     # Tokens with a token of their document before them: 17, 16 and 11 tokens of 1, 3 and 2 documents.
-    assert step.loss_weights(layout).tolist() == [layout.num_valid, 16 + 13 + 9]
+    assert loss_weights(layout).tolist() == [layout.num_valid, 16 + 13 + 9]
     mask = completions(layout)
     counted = (layout.valid[..., None] & layout.windows(mask)).any(-1).sum()
-    assert step.loss_weights(layout, mask).tolist() == [counted, step.scored_prompt_tokens(layout, mask).sum()]
+    assert loss_weights(layout, mask).tolist() == [counted, scored_prompt_tokens(layout, mask).sum()]
 
 
 def test_changing_one_rollout_changes_no_other_log_prob(plain):

@@ -18,7 +18,8 @@ from ebft_trainer.trainer import EBFTTrainer
 
 STEP_METRICS = {
     *("loss", "grad_norm", "learning_rate", "epoch", "step"),
-    *("loss/rl", "loss/ce", "feature_matching_loss", "alignment", "diversity", "reward", "advantage_std"),
+    *("loss/rl", "loss/ce", "feature_matching_loss", "alignment", "diversity", "reward"),
+    *("reward_std", "advantage_std"),
     *("duplicate_rate", "entropy", "log_prob_gap", "valid_anchors", "tokens", "tokens_per_second", "nonfinite_steps"),
     *("seconds/rollout", "seconds/features", "seconds/matching", "seconds/policy", "seconds/step"),
 }
@@ -149,6 +150,105 @@ def test_without_rollouts_it_is_cross_entropy_training(plain, config):
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert_same(actual, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-4, atol=1e-6)
+
+
+# Objectives
+
+
+def last_token_is_even(_prompt, rollouts, _layout, **_masks):
+    return (rollouts[..., -1] % 2 == 0).float()
+
+
+def test_objectives_run_on_the_same_data_and_are_measured_alike(plain, config, byte_tokenizer):
+    """Coefficients of their own, the same rows, evaluation and kind of log; only what is trained differs."""
+    found = {}
+    for objective in ("ebft", "sft", "rlvr"):
+        model = plain.build(vocab_size=257)
+        options = config(
+            objective=objective, temperature=1.0, verifier="char_f_score", eval_strategy="steps", eval_steps=1
+        )
+        trainer = EBFTTrainer(
+            model, options, train_dataset=ROWS, eval_dataset=ROWS[:4], processing_class=byte_tokenizer
+        )
+        first = trainer.evaluate()
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        assert len(lines) == 2
+        found[objective] = first, set(lines[0])
+    evaluations = [
+        {k: v for k, v in first.items() if "per_second" not in k and "time" not in k} for first, *_ in found.values()
+    ]
+    assert evaluations[0] == evaluations[1] == evaluations[2]
+    assert 0 <= evaluations[0]["eval_verifier_reward"] <= 1
+    assert {"loss/rl", "alignment", "eos_rate"} < found["ebft"][1] and "loss/ce" not in found["ebft"][1]
+    assert "loss/ce" in found["sft"][1] and "duplicate_rate" not in found["sft"][1]
+    assert {"loss/verifier", "verifier_reward", "verifier_reward_std", "eos_rate"} < found["rlvr"][1]
+    assert "alignment" not in found["rlvr"][1]
+
+
+def test_a_verifier_of_tokens_raises_its_reward(plain, config):
+    """End to end: rewarded for even last tokens, the model learns to write them."""
+    options = {"objective": "rlvr", "temperature": 1.0, "max_steps": 30, "learning_rate": 3e-2, "logging_steps": 10}
+    trainer = EBFTTrainer(
+        plain.build(), config(**options), train_dataset=ROWS, eval_dataset=ROWS[:8], verifier=last_token_is_even
+    )
+    before = trainer.evaluate()["eval_verifier_reward"]
+    trainer.train()
+    after = trainer.evaluate()["eval_verifier_reward"]
+    assert before < 0.7 and after > before + 0.2
+    rewards = [line["verifier_reward"] for line in trainer.state.log_history if "verifier_reward" in line]
+    assert rewards[-1] > rewards[0]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_divergence_from_the_model_as_it_was_given(plain, config, bf16):
+    options = config(kl_coef=0.5, bf16=bf16, learning_rate=1e-1)
+    model = plain.build()
+    trainer = EBFTTrainer(model, options, train_dataset=ROWS)
+    assert not list(trainer.feature_network.parameters()), "it shares the reference's weights"
+    frozen = copy.deepcopy(trainer.reference_model.state_dict())
+    trainer.train()
+    first, second = (line for line in trainer.state.log_history if "loss" in line)
+    assert first["loss/kl"] == 0, "the policy is its reference, in the same precision"
+    assert second["loss/kl"] > 1e-4
+    assert_same(frozen, trainer.reference_model.state_dict(), rtol=0, atol=0)
+    assert not any(p.requires_grad for p in trainer.reference_model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    plain_features = EBFTTrainer(plain.build(), config(), train_dataset=ROWS).feature_network
+    layout = StridedLayout.strided(1, 24, context=4, stride=6, horizon=3, samples=3)
+    packed = torch.randint(0, 40, (1, layout.packed_length))
+    for x, y in zip(trainer.feature_network(packed, layout), plain_features(packed, layout), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_given_reference_is_used_and_adapters_need_none(plain, config):
+    peft = pytest.importorskip("peft")
+    trainer = EBFTTrainer(plain.build(), config(kl_coef=0.5), train_dataset=ROWS, reference_model=plain.build(seed=5))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/kl"] > 1e-2
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    trainer = EBFTTrainer(peft.get_peft_model(plain.build(), lora), config(kl_coef=0.5), train_dataset=ROWS)
+    assert trainer.reference_model is None
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/kl"] > 0
+
+
+def test_a_feature_map_that_is_no_module(plain, config):
+    def features(packed, layout, **_masks):
+        one_hot = torch.nn.functional.one_hot(packed, 61).float()
+        return layout.rollouts(one_hot).sum(3), layout.windows(one_hot).sum(2)
+
+    trainer = EBFTTrainer(plain.build(), config(), train_dataset=ROWS, eval_dataset=ROWS[:2], feature_network=features)
+    trainer.train()
+    assert trainer.state.log_history[0]["feature_matching_loss"] > 0
+    assert trainer.evaluate()["eval_feature_matching_loss_h1"] > 0
+
+
+def test_a_verifier_must_be_given_and_needs_a_tokenizer(plain, config):
+    with pytest.raises(ValueError, match="verifier: expected one with verifier_coef = 1.0, got None"):
+        EBFTTrainer(plain.build(), config(objective="rlvr"), train_dataset=ROWS)
+    with pytest.raises(TypeError, match="tokenizer: expected one of transformers, got NoneType"):
+        EBFTTrainer(plain.build(), config(verifier="exact_match"), train_dataset=ROWS)
 
 
 # Randomness
