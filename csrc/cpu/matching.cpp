@@ -1,5 +1,6 @@
 #include "matching.h"
 
+#include "memory.h"
 #include "parallel.h"
 
 namespace ebft::cpu {
@@ -83,6 +84,7 @@ void mean_embedding_forward(const Execution& execution, const Features& features
   const Kernels& kernels = kernels_for(execution.isa, features.dtype);
   const int threads = threads_for(execution, features), n = features.rollouts_per_anchor;
   const bool is_double = features.dtype == Dtype::float64;
+  expect_writes(difference, features.anchors() * features.features * (is_double ? 8 : 4));
   Scratch<const void*> rows(threads, n + 1);
   for_each(features.anchors(), threads, [&](int64_t anchor, int thread) {
     const void** row = rows.of(thread);
@@ -102,6 +104,8 @@ void mean_embedding_backward(const Execution& execution, const Features& feature
   const int threads = threads_for(execution, features), n = features.rollouts_per_anchor;
   const bool is_double = features.dtype == Dtype::float64;
   const int64_t row_bytes = features.features * element_bytes(features.dtype);
+  expect_writes(grad_rollouts, features.anchors() * n * row_bytes);
+  expect_writes(grad_targets, features.anchors() * row_bytes);
   Scratch<const void*> rows(threads, n + 1);
   for_each(features.anchors(), threads, [&](int64_t anchor, int thread) {
     const void** row = rows.of(thread);

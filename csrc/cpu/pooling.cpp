@@ -1,5 +1,6 @@
 #include "pooling.h"
 
+#include "memory.h"
 #include "parallel.h"
 
 #include <stdexcept>
@@ -78,6 +79,8 @@ void pool_features(const Execution& execution, Dtype dtype, const std::vector<La
   const FeatureLayout place(options.pooling, depth, steps, channels);
   const int threads =
       thread_count(execution.threads, items, items * steps * depth * channels * element_bytes(dtype));
+  expect_writes(rollouts, tokens.rollouts() * place.size * sum_bytes);
+  expect_writes(targets, tokens.targets() * place.size * sum_bytes);
   Scratch<const void*> row_scratch(threads, steps);
   Scratch<double> scale_scratch(threads, steps * depth);
   for_each(items, threads, [&](int64_t i, int thread) {
@@ -124,6 +127,7 @@ void pool_features_backward(const Execution& execution, Dtype dtype, const std::
   const int64_t sum_bytes = element_bytes(sum_dtype(dtype));
   const FeatureLayout place(options.pooling, depth, tokens.steps, channels);
   const int threads = thread_count(execution.threads, rows, rows * depth * channels * element_bytes(dtype));
+  for (const Layer& grad : grads) expect_writes(grad.data, rows * channels * element_bytes(dtype));
   Scratch<const void*> grad_scratch(threads, uses.most * depth);
   Scratch<double> scale_scratch(threads, uses.most + 2 * depth);
   for_each(rows, threads, [&](int64_t row, int thread) {

@@ -2,6 +2,7 @@
 // instruction set and width, at addresses that are aligned to elements only. Compares with plain loops on the way.
 
 #include "../../csrc/core/half.h"
+#include "../../csrc/cpu/layout.h"
 #include "../../csrc/cpu/matching.h"
 #include "../../csrc/cpu/pooling.h"
 
@@ -151,6 +152,45 @@ void run_pooling(cpu::Isa isa, cpu::Dtype dtype, int64_t channels) {
   }
 }
 
+const PackedSizes packed_sizes = {70, 2, 2, 3};
+
+struct Geometry {
+  Buffer<int64_t> positions;
+  Buffer<int32_t> prefix_start, prefix_end, own_start;
+
+  explicit Geometry(int64_t count) : positions(count), prefix_start(count), prefix_end(count), own_start(count) {}
+  cpu::KeyRanges ranges() { return {prefix_start.data(), prefix_end.data(), own_start.data()}; }
+};
+
+// Two packed rows, the second of two documents.
+Geometry geometry() {
+  const int64_t batch = 2, packed = packed_sizes.packed();
+  Geometry g(batch * packed);
+  Buffer<int32_t> anchors(batch * packed_sizes.anchors), prompt_start(batch * packed_sizes.prompt);
+  const int32_t where[] = {3, 69, 66, -1};
+  for (int i = 0; i < 4; ++i) anchors[i] = where[i];
+  for (int64_t i = 0; i < 40; ++i) prompt_start[packed_sizes.prompt + 30 + i] = 30;
+  cpu::layout_geometry(2, packed_sizes, batch, anchors.data(), prompt_start.data(), g.positions.data(),
+                       {g.prefix_start.data(), g.prefix_end.data(), g.own_start.data()});
+  return g;
+}
+
+void run_layout() {
+  const int64_t batch = 2, packed = packed_sizes.packed();
+  Geometry g = geometry();
+  for (const bool full : {false, true}) {
+    Buffer<uint8_t> mask(batch * packed * packed);
+    cpu::dense_mask(2, packed_sizes, batch, g.ranges(), full, mask.data());
+    for (int64_t i = 0; i < batch * packed; ++i) {
+      for (int64_t key = 0; key < packed; ++key) {
+        const bool own = key >= g.own_start[i] && key < own_end(packed_sizes, i % packed, full);
+        const bool seen = own || (key >= g.prefix_start[i] && key < g.prefix_end[i]);
+        check(mask[i * packed + key] == seen, "the dense mask");
+      }
+    }
+  }
+}
+
 void run_all(cpu::Isa isa) {
   for (const int64_t channels : {1, 3, 8, 17, 70}) {
     run_pooling<double, double>(isa, cpu::Dtype::float64, channels);
@@ -216,6 +256,7 @@ int main() {
   for (const int n : {1, 2, 3, 4, 8, 16, 17, 40}) {
     for (const double ratio : {1.0, 0.5, 1e-3, 0.0}) check_eigen(n, ratio);
   }
+  run_layout();
   for (int isa = 0; isa < cpu::isa_count(); ++isa) run_all(cpu::Isa(isa));
   std::printf("passed\n");
 }

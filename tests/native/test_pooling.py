@@ -12,7 +12,7 @@ from ebft_kernels import StridedLayout, pool_features, select_impl
 from ebft_kernels.pooling import api
 from ebft_kernels.testing import LAYOUTS, assert_within_budget
 
-from ..op_checks import fastest, results_and_gradients
+from ..op_checks import results_and_gradients
 from ..pooling import test_pool_features as pooling_tests
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -173,16 +173,3 @@ def test_bad_calls_of_the_backward_pass_are_refused(change, message, compiled):
     arguments = {**CALL, **INDEX, "grad_rollouts": 64, "grad_targets": 64, "grads": [LAYER], **change}
     with pytest.raises(ValueError, match=message):
         compiled.pool_features_backward(*arguments.values())
-
-
-@pytest.mark.usefixtures("compiled")
-def test_faster_than_torch():
-    """The goal is 2 times; the bound leaves room for a busy machine."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    layout = StridedLayout.strided(1, 512, context=8, stride=8, horizon=8, samples=4)
-    hidden = pooling_tests.hidden_inputs(layout, channels=1536, dtype=torch.float32)
-    native, by_torch = fastest(
-        *(lambda impl=impl: pool_features(hidden, layout, pooling="mean", impl=impl) for impl in ("native", "torch")),
-        rounds=5,
-    )
-    assert by_torch > 1.3 * native
