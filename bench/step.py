@@ -277,17 +277,24 @@ def peak_in_own_process(name: str, options: Sequence[str]) -> int:
 
 
 def table(seconds: Seconds, peaks: dict[str, int]) -> str:
-    """Markdown: seconds by phase of everyone, then how many times ours the others take, then how many floors we do."""
-    lines = ["| | " + " | ".join([*PHASES, "policy + backward", "step", "peak memory"]) + " |"]
-    lines.append("| --- |" + " ---: |" * (len(PHASES) + 3))
+    """Markdown: seconds by phase of everyone, then how many times ours the others take, then how many floors we do.
+
+    Without any ``peaks`` there is no column for them.
+    """
+
+    def row(name: str, cells: Sequence[str], peak: str = "") -> str:
+        return "| " + " | ".join([name, *cells, *([peak] if peaks else [])]) + " |"
+
+    columns = [*PHASES, "policy + backward", "step"]
+    lines = [row("", columns, "peak memory"), row("---", ["---:"] * len(columns), "---:")]
     for name, phases in seconds.items():
-        memory = f"{peaks[name] / 2**20:.0f} MiB" if name in peaks else ""
-        lines.append(_line(name, [f"{x:.4f} s" for x in _columns(phases)], memory))
+        peak = f"{peaks[name] / 2**20:.0f} MiB" if name in peaks else ""
+        lines.append(row(name, [f"{x:.4f} s" for x in _columns(phases)], peak))
     for name, phases in seconds.items():
         if name not in (OURS, FLOOR):
-            memory = f"{peaks[name] / peaks[OURS]:.1f}" if name in peaks else ""
-            lines.append(_line(f"{name} / {OURS}", _ratios(phases, seconds[OURS]), memory))
-    lines.append(_line(f"{OURS} / {FLOOR}", _ratios(seconds[OURS], seconds[FLOOR]), ""))
+            peak = f"{peaks[name] / peaks[OURS]:.1f}" if name in peaks else ""
+            lines.append(row(f"{name} / {OURS}", _ratios(phases, seconds[OURS]), peak))
+    lines.append(row(f"{OURS} / {FLOOR}", _ratios(seconds[OURS], seconds[FLOOR])))
     return "\n".join(lines)
 
 
@@ -297,10 +304,6 @@ def _columns(phases: dict[str, float]) -> list[float]:
 
 def _ratios(phases: dict[str, float], others: dict[str, float]) -> list[str]:
     return [f"{x / y:.2f}" for x, y in zip(_columns(phases), _columns(others), strict=True)]
-
-
-def _line(name: str, cells: list[str], memory: str) -> str:
-    return "| " + " | ".join([name, *cells, memory]) + " |"
 
 
 if __name__ == "__main__":
