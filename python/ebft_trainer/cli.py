@@ -1,4 +1,4 @@
-"""`ebft-train`: train, evaluate, demo, info."""
+"""`ebft-train`: train, evaluate, report, plan, demo, info."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_argumen
 from .corpus import stdlib_sources
 from .data import Document, Row, build_rows, read_documents, split_in_two
 from .features import FeatureNetwork
+from .plan import add_plan_arguments, prepare_plan
 from .plots import table, write_json
 from .trainer import EBFTTrainer
 
@@ -111,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--seed", type=int, default=0, help="(0)")
     show.add_argument("--steps", type=int, default=demo.Settings.steps, help=f"optimizer steps ({demo.Settings.steps})")
     show.set_defaults(prepare=prepare_demo)
+
+    planning = commands.add_parser("plan", help="tokens, operations, memory and time of a step, from a model's config")
+    add_plan_arguments(planning)
+    _add_options(planning, {"per_device_train_batch_size": int, checkpointing_field(): bool})
+    planning.set_defaults(prepare=prepare_plan)
 
     info = commands.add_parser("info", help="versions, devices and implementations, and why")
     info.add_argument("--self-test", action="store_true", help="also check every op on this machine")

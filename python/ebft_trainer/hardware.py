@@ -1,0 +1,96 @@
+"""What accelerators' data sheets promise, and what part of it a training step may be expected to reach."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Device(NamedTuple):
+    """One processor and its memory.
+
+    Attributes:
+        name: of the product.
+        memory: bytes.
+        rates: dtype -> operations per second of dense matrix products.
+        bandwidth: bytes per second of the main memory.
+        overlaps: whether the host prepares the next op while the device runs this one.
+    """
+
+    name: str
+    memory: float
+    rates: dict[torch.dtype, float]
+    bandwidth: float
+    overlaps: bool = True
+
+
+def _gpu(name: str, gigabytes: float, half: float, single: float, terabytes_per_second: float) -> Device:
+    rates = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: single * 1e12}
+    return Device(name, gigabytes * 1e9, rates, terabytes_per_second * 1e12)
+
+
+#: NVIDIA A100, H100, H200, HGX B200, L40S data sheets and Ada white paper (dense: half of the rates "with sparsity"),
+#: AMD MI300X data sheet. TFLOP/s of 16-bit products with float32 sums and of float32 without TF32.
+GPUS = {
+    "a100": _gpu("A100 80GB SXM", 80, 312, 19.5, 2.039),
+    "h100": _gpu("H100 SXM", 80, 989, 67, 3.35),
+    "h200": _gpu("H200", 141, 989, 67, 4.8),
+    "b200": _gpu("B200", 180, 2250, 75, 8.0),
+    "l40s": _gpu("L40S", 48, 362, 91.6, 0.864),
+    "rtx4090": _gpu("RTX 4090", 24, 165, 82.6, 1.008),
+    "mi300x": _gpu("MI300X", 192, 1307, 163.4, 5.3),
+}
+
+
+class Efficiency(NamedTuple):
+    """What part of a device's promises is reached: assumed, not measured.
+
+    Attributes:
+        products: of the rate of matrix products.
+        bandwidth: of the memory's bandwidth.
+        seconds_per_op: that the host needs to start one op.
+    """
+
+    products: float
+    bandwidth: float
+    seconds_per_op: float
+
+
+#: The two ends of a predicted time.
+FAST, SLOW = Efficiency(0.7, 0.9, 4e-6), Efficiency(0.3, 0.5, 15e-6)
+
+
+def device(name: str) -> Device:
+    """The GPU of that name, or for "cpu" this machine, whose rates are those of a short matrix product and a copy.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "cpu":
+        return _this_cpu()
+    if name not in GPUS:
+        raise ValueError(f"gpu: expected one of {', '.join(GPUS)}, cpu; got {name!r}")
+    return GPUS[name]
+
+
+def _this_cpu() -> Device:
+    a, b, c = torch.ones(1024, 1024), torch.ones(1 << 24), torch.ones(1 << 24)
+    rate = 2 * 1024**3 / _seconds(lambda: a @ a)
+    bandwidth = 2 * b.nbytes / _seconds(lambda: b.copy_(c))
+    # bfloat16 and float16 are computed at about this rate too unless the processor has units for them.
+    rates = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), rate)
+    name = f"this machine's CPU with {torch.get_num_threads()} threads"
+    return Device(name, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rates, bandwidth, overlaps=False)
+
+
+def _seconds(work: Callable[[], object], repeats: int = 5) -> float:
+    runs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        runs.append(time.perf_counter() - start)
+    return min(runs)
