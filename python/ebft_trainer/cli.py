@@ -26,11 +26,12 @@ from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_argumen
 from .corpus import stdlib_sources
 from .data import Document, Row, build_rows, read_documents, split_in_two
 from .features import FeatureNetwork
-from .plan import add_plan_arguments, prepare_plan
+from .monitor import LOG_FILE, JsonlLog
+from .plan import PLAN_OPTIONS, add_plan_arguments, prepare_plan
 from .plots import table, write_json
+from .report import add_report_arguments, prepare_report
+from .results import MODEL_FOLDER, RESULT_FILE, RUN_FILE
 from .trainer import EBFTTrainer
-
-RUN_FILE, RESULT_FILE, MODEL_FOLDER = "ebft.json", "results.json", "model"
 
 # The training arguments that have an option of their own, and its type; everything else is for scripts.
 _TRAINING: dict[str, type] = {
@@ -48,6 +49,7 @@ _TRAINING: dict[str, type] = {
     "save_steps": int,
     "save_total_limit": int,
     "report_to": str,
+    "grad_norm_terms": bool,
     "bf16": bool,
     checkpointing_field(): bool,
 }
@@ -113,9 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--steps", type=int, default=demo.Settings.steps, help=f"optimizer steps ({demo.Settings.steps})")
     show.set_defaults(prepare=prepare_demo)
 
+    report = commands.add_parser("report", help="runs side by side in one HTML page")
+    add_report_arguments(report)
+    report.set_defaults(prepare=prepare_report)
+
     planning = commands.add_parser("plan", help="tokens, operations, memory and time of a step, from a model's config")
     add_plan_arguments(planning)
-    _add_options(planning, {"per_device_train_batch_size": int, checkpointing_field(): bool})
+    _add_options(planning, {"per_device_train_batch_size": int, checkpointing_field(): bool}, PLAN_OPTIONS)
     planning.set_defaults(prepare=prepare_plan)
 
     info = commands.add_parser("info", help="versions, devices and implementations, and why")
@@ -139,13 +145,16 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_options(parser: argparse.ArgumentParser, training: dict[str, type]) -> None:
-    """Options for the method and for the chosen training arguments, with the defaults and help of `EBFTConfig`."""
+def _add_options(
+    parser: argparse.ArgumentParser, training: dict[str, type], method_options: Sequence[str] | None = None
+) -> None:
+    """Options for the method (None: all) and for training arguments, with the defaults and help of `EBFTConfig`."""
     types = typing.get_type_hints(EBFTOptions)
     config = {field.name: field for field in fields(EBFTConfig)}
     method = parser.add_argument_group("the method")
     for option in fields(EBFTOptions):
-        _add_option(method, option, types[option.name])
+        if method_options is None or option.name in method_options:
+            _add_option(method, option, types[option.name])
     group = parser.add_argument_group("training and evaluation")
     for name, kind in training.items():
         _add_option(group, config[name], kind)
@@ -204,6 +213,7 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
         "data": arguments.data,
         "options": vars(options_of(config)),
         "rows": {name: getattr(arguments, name) for name in _ROW_OPTIONS},
+        "training": {name: value for name, value in config.to_dict().items() if name in _TRAINING},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
         "versions": _versions(),
     }
@@ -216,6 +226,8 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
     trainer = EBFTTrainer(
         model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
     )
+
+    trainer.add_callback(JsonlLog(output / LOG_FILE))
 
     def work() -> None:
         with trainer.accelerator.main_process_first():

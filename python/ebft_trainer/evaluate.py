@@ -38,12 +38,12 @@ def evaluation_sums(
         generator: of the rollouts, on the model's device.
 
     Returns:
-        [3 + 2 G] float32: nats, tokens, valid anchors; then per horizon 1..G, over valid anchors, the sum of the
-        feature-matching loss and of the alignment (mean over samples).
+        [4 + 2 G] float32: nats, tokens, valid anchors, nats per rollout token (summed over anchors); then per horizon
+        1..G, over valid anchors, the sum of the feature-matching loss and of the alignment (mean over samples).
     """
     prompt, layout, mask = batch["input_ids"], batch["layout"], batch.get("completion_mask")
     log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=mask)
-    tokens, _ = sample_rollouts(
+    tokens, rollout_log_probs = sample_rollouts(
         model,
         prompt,
         layout,
@@ -56,11 +56,13 @@ def evaluation_sums(
     with torch.autocast(prompt.device.type, enabled=False):
         features = feature_network(layout.pack(prompt, tokens), layout, mask, pooling="token")
     window_mask = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
-    valid = rollout_weights(layout, mask).any(-1)  # [B, A]
+    weights = rollout_weights(layout, mask)
+    valid = weights.any(-1)  # [B, A]
     losses, alignments = _by_horizon(
         *features, layout.windows(window_mask), valid, options, groups=feature_network.groups
     )
-    head = [-(log_probs * counted).sum(), counted.sum(), valid.sum()]
+    surprise = -(rollout_log_probs * weights[:, :, None]).sum() / layout.samples * valid.sum()
+    head = [-(log_probs * counted).sum(), counted.sum(), valid.sum(), surprise]
     return torch.stack([x.float() for x in (*head, *losses, *alignments)])
 
 
@@ -117,18 +119,22 @@ def pool_first_tokens(features: Tensor, counted: Tensor, horizon: int, pooling: 
 
 
 def evaluation_metrics(sums: Tensor, horizon: int) -> dict[str, float]:
-    """Means from the added-up sums of `evaluation_sums` [3 + 2 G].
+    """Means from the added-up sums of `evaluation_sums` [4 + 2 G].
 
     Returns:
-        ``cross_entropy`` (nats per counted token), ``perplexity``, ``feature_matching_loss`` and ``alignment`` at the
+        ``cross_entropy`` (nats per counted token), ``perplexity``, ``rollout_entropy`` (nats per rollout token at the
+        sampling temperature, estimated from the rollouts), ``entropy_gap`` (its excess over the cross-entropy: below 0
+        the model is surer of its own text than of real text), ``feature_matching_loss`` and ``alignment`` at the
         full horizon, and both as ``..._h1`` to ``..._hG``.
     """
-    nats, tokens, anchors, *rest = sums.tolist()
+    nats, tokens, anchors, surprise, *rest = sums.tolist()
     losses, alignments = ([x / anchors for x in part] for part in (rest[:horizon], rest[horizon:]))
     cross_entropy = nats / tokens
     metrics = {
         "cross_entropy": cross_entropy,
         "perplexity": math.exp(min(cross_entropy, 700.0)),
+        "rollout_entropy": surprise / anchors,
+        "entropy_gap": surprise / anchors - cross_entropy,
         "feature_matching_loss": losses[-1],
         "alignment": alignments[-1],
     }

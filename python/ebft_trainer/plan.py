@@ -25,6 +25,8 @@ from .plots import table
 
 #: Of a GPU's memory, what a step may fill: the rest is for the driver, the libraries and what the allocator wastes.
 USABLE = 0.9
+#: The method's options that change what a step needs.
+PLAN_OPTIONS = ("context", "stride", "horizon", "samples", "feature_layers", "pooling", "normalize", "ce_coef")
 _TITLES = {"ebft": "EBFT", "sft": "SFT", "rlvr": "RLVR"}
 
 

@@ -28,6 +28,7 @@ class EBFTStep(NamedTuple):
         log_probs: [B, A, n, G], of these tokens under the policy at the sampling temperature; no gradient.
         match: feature-matching losses, rewards and advantages.
         metrics: scalar tensors without gradient, and Python floats; see :func:`ebft_step`.
+        terms: the loss's terms by name, with their coefficients, as the loss differentiable.
     """
 
     loss: Tensor
@@ -35,6 +36,7 @@ class EBFTStep(NamedTuple):
     log_probs: Tensor | None
     match: FeatureMatching | None
     metrics: dict[str, Tensor | float]
+    terms: dict[str, Tensor]
 
 
 def ebft_step(
@@ -122,11 +124,11 @@ def ebft_step(
         model, prompt, rollouts, layout, temperature=config.temperature or 1.0, score_prompt=config.ce_coef != 0
     )
     rl_loss = -_mean(_per_token(match.advantage) * log_probs, weights)
-    loss = config.rl_coef * rl_loss
+    terms = {"rl": config.rl_coef * rl_loss}
     metrics["loss/rl"] = rl_loss.detach()
     if text_log_probs is not None:
         ce_loss = _masked_mean(-text_log_probs, scored_prompt_tokens(layout, token_mask))
-        loss = loss + config.ce_coef * ce_loss
+        terms["ce"] = config.ce_coef * ce_loss
         metrics["loss/ce"] = ce_loss.detach()
     log_probs = log_probs.detach()
     metrics["entropy"] = -_mean(log_probs, weights)
@@ -136,7 +138,7 @@ def ebft_step(
     metrics["seconds/features"] = features_done - rollouts_done
     metrics["seconds/matching"] = matching_done - features_done
     metrics["seconds/policy"] = perf_counter() - matching_done
-    return EBFTStep(loss, rollouts, log_probs, match, metrics)
+    return EBFTStep(sum(terms.values()), rollouts, log_probs, match, metrics, terms)
 
 
 def policy_log_probs(
@@ -240,7 +242,8 @@ def _cross_entropy_step(
         "tokens": float(prompt.numel()),
         "seconds/policy": perf_counter() - start,
     }
-    return EBFTStep(config.ce_coef * ce_loss, None, None, None, metrics)
+    loss = config.ce_coef * ce_loss
+    return EBFTStep(loss, None, None, None, metrics, {"ce": loss})
 
 
 def _score(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float) -> Tensor:

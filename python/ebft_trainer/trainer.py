@@ -15,12 +15,14 @@ from transformers.trainer_utils import has_length, speed_metrics
 
 from ebft_kernels.integrations.transformers import check_model, output_head
 
+from .calibration import BINS, calibration_error, calibration_sums
 from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
 from .features import FeatureNetwork
+from .monitor import CollapseWarning, gradient_norms
 from .rollout import evaluation_mode
-from .step import ebft_step
+from .step import EBFTStep, ebft_step
 
 
 class EBFTTrainer(Trainer):
@@ -107,6 +109,7 @@ class EBFTTrainer(Trainer):
         self.feature_network = None if feature_network is None else feature_network.to(args.device)
         self._metrics = _MetricSums()
         self._step_and_micro_batch = (-1, -1)
+        self.add_callback(CollapseWarning)
 
     def compute_loss(
         self,
@@ -132,8 +135,17 @@ class EBFTTrainer(Trainer):
             token_mask=inputs.get("completion_mask"),
             generator=self._generator(self.args.seed, "train", self.state.global_step, micro_batch),
         )
-        self._metrics.add(result.metrics)
+        self._metrics.add(result.metrics | self._gradient_norms(model, result, micro_batch))
         return (result.loss, {"step": result}) if return_outputs else result.loss
+
+    def _gradient_norms(self, model: nn.Module, result: EBFTStep, micro_batch: int) -> dict[str, Tensor]:
+        """Of each term on the first micro-batch of a step that is logged, if asked for."""
+        step = self.state.global_step + 1
+        if not self.args.grad_norm_terms or micro_batch or step % self.state.logging_steps:
+            return {}
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("grad_norm_terms: expected False with FSDP or DeepSpeed, whose gradients are sharded")
+        return gradient_norms(result.terms, [x for x in model.parameters() if x.requires_grad])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means, since the last training log, of every metric of `ebft_step`, and two speeds."""
@@ -148,9 +160,10 @@ class EBFTTrainer(Trainer):
         """Evaluate on ``args.eval_rows`` rows: the same rows and the same random numbers at every call.
 
         Returns:
-            ``eval_cross_entropy`` (nats per token; also as ``eval_loss``), ``eval_perplexity``, and for rollouts of the
-            trained horizon ``eval_feature_matching_loss`` and ``eval_alignment``; both also per horizon 1..G, named
-            ``eval_alignment_h1`` and so on.
+            ``eval_cross_entropy`` (nats per token; also as ``eval_loss``), ``eval_perplexity``,
+            ``eval_calibration_error`` (`calibration_error`), and for rollouts of the trained horizon
+            ``eval_rollout_entropy``, ``eval_entropy_gap``, ``eval_feature_matching_loss`` and ``eval_alignment``
+            (`evaluation_metrics`); the last two also per horizon 1..G, named ``eval_alignment_h1`` and so on.
 
         Raises:
             ValueError: there is no dataset, or it has no length or no rows.
@@ -170,7 +183,9 @@ class EBFTTrainer(Trainer):
         started = time.perf_counter()
         wall_clock = time.time()
         rows = _chosen_rows(len(dataset), self.args.eval_rows, self.args.eval_seed)
-        metrics = evaluation_metrics(self._evaluation_sums(dataset, rows), self.args.horizon)
+        sums = self._evaluation_sums(dataset, rows)
+        metrics = evaluation_metrics(sums[: -3 * BINS], self.args.horizon)
+        metrics["calibration_error"] = calibration_error(sums[-3 * BINS :])
         metrics["loss"] = metrics["cross_entropy"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, wall_clock, num_samples=len(rows)))
@@ -197,6 +212,10 @@ class EBFTTrainer(Trainer):
                 result = evaluation_sums(
                     self.model_wrapped, self.feature_network, batch, self.args, generator=generator
                 )
+                calibration = calibration_sums(
+                    self.model_wrapped, batch["input_ids"], batch["layout"], token_mask=batch.get("completion_mask")
+                )
+                result = torch.cat([result, calibration])
                 sums.append(result if number < len(batches) else torch.zeros_like(result))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return self.accelerator.reduce(torch.stack(sums).cpu().double().sum(0).to(self.args.device))
