@@ -23,7 +23,7 @@ def style_of(number: int) -> tuple[str, str]:
 
 
 def line_chart(title: str, x_title: str, curves: Mapping[str, Curve]) -> str:
-    """A figure with one line per name; points tell their values when pointed at, values that are not finite are gaps."""
+    """A figure with one line per name; points tell their values when pointed at; what is not finite is a gap."""
     points = [(x, y) for curve in curves.values() for x, y in curve if math.isfinite(y)]
     if not points:
         return f"<figure><figcaption>{escape(title)}</figcaption><p>no finite value</p></figure>"

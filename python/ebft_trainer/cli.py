@@ -184,7 +184,7 @@ def _layer(text: str) -> int | float:
 def _config(arguments: argparse.Namespace, output: Path | str, **others: Any) -> EBFTConfig:
     names = {option.name for option in fields(EBFTConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    return EBFTConfig(output_dir=str(output), **device_arguments(), **given, **others)
+    return EBFTConfig(output_dir=str(output), **device_arguments(), **(given | others))
 
 
 def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:

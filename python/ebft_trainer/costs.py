@@ -125,5 +125,5 @@ def seconds(phase: Phase, cost: Cost, device: Device, dtype: torch.dtype, reache
     """
     computing = cost.operations / (device.rates[dtype] * reached.products)
     moving = phase.times * phase.traffic / (device.bandwidth * reached.bandwidth)
-    starting = phase.times * phase.ops * reached.seconds_per_op
+    starting = phase.times * phase.ops * device.seconds_per_op * reached.starts
     return max(computing + moving, starting) if device.overlaps else computing + moving + starting

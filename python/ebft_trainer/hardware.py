@@ -18,6 +18,7 @@ class Device(NamedTuple):
         memory: bytes.
         rates: dtype -> operations per second of dense matrix products.
         bandwidth: bytes per second of the main memory.
+        seconds_per_op: that a fast host needs to start one op.
         overlaps: whether the host prepares the next op while the device runs this one.
     """
 
@@ -25,12 +26,13 @@ class Device(NamedTuple):
     memory: float
     rates: dict[torch.dtype, float]
     bandwidth: float
+    seconds_per_op: float
     overlaps: bool = True
 
 
 def _gpu(name: str, gigabytes: float, half: float, single: float, terabytes_per_second: float) -> Device:
     rates = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: single * 1e12}
-    return Device(name, gigabytes * 1e9, rates, terabytes_per_second * 1e12)
+    return Device(name, gigabytes * 1e9, rates, terabytes_per_second * 1e12, seconds_per_op=7e-6)
 
 
 #: NVIDIA A100, H100, H200, HGX B200, L40S data sheets and Ada white paper (dense: half of the rates "with sparsity"),
@@ -52,20 +54,20 @@ class Efficiency(NamedTuple):
     Attributes:
         products: of the rate of matrix products.
         bandwidth: of the memory's bandwidth.
-        seconds_per_op: that the host needs to start one op.
+        starts: time that the host needs for an op of a model in eager mode, in units of the device's.
     """
 
     products: float
     bandwidth: float
-    seconds_per_op: float
+    starts: float
 
 
 #: The two ends of a predicted time.
-FAST, SLOW = Efficiency(0.7, 0.9, 4e-6), Efficiency(0.3, 0.5, 15e-6)
+FAST, SLOW = Efficiency(0.7, 0.9, 1.0), Efficiency(0.3, 0.5, 4.0)
 
 
 def device(name: str) -> Device:
-    """The GPU of that name, or for "cpu" this machine, whose rates are those of a short matrix product and a copy.
+    """The GPU of that name, or for "cpu" this machine, by a short matrix product, a copy and calls of a tiny layer.
 
     Raises:
         ValueError: an unknown name.
@@ -81,10 +83,15 @@ def _this_cpu() -> Device:
     a, b, c = torch.ones(1024, 1024), torch.ones(1 << 24), torch.ones(1 << 24)
     rate = 2 * 1024**3 / _seconds(lambda: a @ a)
     bandwidth = 2 * b.nbytes / _seconds(lambda: b.copy_(c))
+    layer, x = torch.nn.Linear(8, 8), torch.ones(1, 8)
+    with torch.no_grad():
+        per_op = 2 * _seconds(lambda: [layer(x) for _ in range(100)]) / 100
     # bfloat16 and float16 are computed at about this rate too unless the processor has units for them.
     rates = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), rate)
     name = f"this machine's CPU with {torch.get_num_threads()} threads"
-    return Device(name, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rates, bandwidth, overlaps=False)
+    return Device(
+        name, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rates, bandwidth, per_op, overlaps=False
+    )
 
 
 def _seconds(work: Callable[[], object], repeats: int = 5) -> float:

@@ -244,7 +244,7 @@ def assumptions(setup: Setup) -> list[str]:
     """What the numbers take for granted."""
     ends = " and ".join(
         f"{x.products:.0%} of the rate of matrix products, {x.bandwidth:.0%} of the bandwidth and "
-        f"{x.seconds_per_op * 1e6:.0f} microseconds to start an op"
+        f"{setup.device.seconds_per_op * x.starts * 1e6:.0f} microseconds to start an op"
         for x in (FAST, SLOW)
     )
     rate, bandwidth = setup.device.rates[setup.dtype], setup.device.bandwidth
