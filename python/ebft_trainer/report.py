@@ -27,9 +27,7 @@ SECTIONS = {
     "Speed": r"seconds/|tokens",
     "Rollouts": r"",
 }
-_NO_CURVE = re.compile(
-    r"(step|epoch|total_flos|train_\w+|.*_h\d+|eval_(loss|runtime|samples_per_second|\w+_rate_steps))$"
-)
+_NO_CURVE = re.compile(r"(step|epoch|total_flos|train_\w+|.*_h\d+|eval_(loss|runtime|samples_per_second))$")
 _HORIZON = re.compile(r"eval_(.*)_h(\d+)$")
 
 

@@ -106,6 +106,8 @@ class EBFTTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if args.grad_norm_terms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("grad_norm_terms: expected False with FSDP or DeepSpeed, whose gradients are sharded")
         self.feature_network = None if feature_network is None else feature_network.to(args.device)
         self._metrics = _MetricSums()
         self._step_and_micro_batch = (-1, -1)
@@ -143,8 +145,6 @@ class EBFTTrainer(Trainer):
         step = self.state.global_step + 1
         if not self.args.grad_norm_terms or micro_batch or step % self.state.logging_steps:
             return {}
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("grad_norm_terms: expected False with FSDP or DeepSpeed, whose gradients are sharded")
         return gradient_norms(result.terms, [x for x in model.parameters() if x.requires_grad])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
