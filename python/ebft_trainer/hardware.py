@@ -30,21 +30,21 @@ class Device(NamedTuple):
     overlaps: bool = True
 
 
-def _gpu(name: str, gigabytes: float, half: float, single: float, terabytes_per_second: float) -> Device:
+def _gpu(name: str, gigabytes: float, half: float, single: float, gigabytes_per_second: float) -> Device:
     rates = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: single * 1e12}
-    return Device(name, gigabytes * 1e9, rates, terabytes_per_second * 1e12, seconds_per_op=7e-6)
+    return Device(name, gigabytes * 1e9, rates, gigabytes_per_second * 1e9, seconds_per_op=7e-6)
 
 
 #: NVIDIA A100, H100, H200, HGX B200, L40S data sheets and Ada white paper (dense: half of the rates "with sparsity"),
 #: AMD MI300X data sheet. TFLOP/s of 16-bit products with float32 sums and of float32 without TF32.
 GPUS = {
-    "a100": _gpu("A100 80GB SXM", 80, 312, 19.5, 2.039),
-    "h100": _gpu("H100 SXM", 80, 989, 67, 3.35),
-    "h200": _gpu("H200", 141, 989, 67, 4.8),
-    "b200": _gpu("B200", 180, 2250, 75, 8.0),
-    "l40s": _gpu("L40S", 48, 362, 91.6, 0.864),
-    "rtx4090": _gpu("RTX 4090", 24, 165, 82.6, 1.008),
-    "mi300x": _gpu("MI300X", 192, 1307, 163.4, 5.3),
+    "a100": _gpu("A100 80GB SXM", 80, 312, 19.5, 2039),
+    "h100": _gpu("H100 SXM", 80, 989, 67, 3350),
+    "h200": _gpu("H200", 141, 989, 67, 4800),
+    "b200": _gpu("B200", 180, 2250, 75, 8000),
+    "l40s": _gpu("L40S", 48, 362, 91.6, 864),
+    "rtx4090": _gpu("RTX 4090", 24, 165, 82.6, 1008),
+    "mi300x": _gpu("MI300X", 192, 1307, 163.4, 5300),
 }
 
 

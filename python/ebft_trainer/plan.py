@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -25,6 +26,8 @@ from .plots import table
 
 #: Of a GPU's memory, what a step may fill: the rest is for the driver, the libraries and what the allocator wastes.
 USABLE = 0.9
+#: Nobody asks for more rows.
+_MOST_ROWS = 1 << 16
 #: The method's options that change what a step needs.
 PLAN_OPTIONS = ("context", "stride", "horizon", "samples", "feature_layers", "pooling", "normalize", "ce_coef")
 _TITLES = {"ebft": "EBFT", "sft": "SFT", "rlvr": "RLVR"}
@@ -89,12 +92,17 @@ class Planner:
     """Dry runs of one model in one dtype; the model is built once, on the meta device.
 
     Raises:
-        ValueError: the config is not of a causal language model that can be built, or peft is missing for LoRA.
+        ValueError: the config is not of a causal language model that can be built, a mixture of experts in another
+            dtype than bfloat16 (grouped products without data exist in no other), or peft is missing for LoRA.
     """
 
     def __init__(self, config: Any, options: EBFTOptions, dtype: torch.dtype, lora_rank: int = 0) -> None:
         with torch.device("meta"):
             self.model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            if dtype != torch.bfloat16 and any(x.ndim == 3 for x in self.model.parameters()):
+                raise ValueError(
+                    f"dtype: expected bfloat16 for a mixture of experts, whose products need it, got {dtype}"
+                )
             if lora_rank:
                 self.model = _with_adapters(self.model, lora_rank)
         self.network = FeatureNetwork(
@@ -149,10 +157,6 @@ def plan(setup: Setup) -> dict[str, Any]:
         ValueError: the model cannot be built or run strided, or its rows have no room for a rollout.
     """
     planner = Planner(setup.config, setup.options, setup.dtype, setup.lora_rank)
-    objectives = {}
-    for name in OBJECTIVES:
-        run = planner.run(setup.job(name), not setup.device.overlaps)
-        objectives[name] = _objective(planner, setup, name, run)
     trained = sum(x.numel() for x in planner.model.parameters() if x.requires_grad)
     return {
         "model": {
@@ -172,13 +176,19 @@ def plan(setup: Setup) -> dict[str, Any]:
             "prompt_tokens": setup.prompt_tokens,
             "usable_bytes": USABLE * setup.device.memory,
         },
-        "objectives": objectives,
+        "objectives": predictions(planner, setup),
         "suggestions": suggestions(planner, setup),
         "assumptions": assumptions(setup),
     }
 
 
-def _objective(planner: Planner, setup: Setup, name: str, run: DryRun) -> dict[str, Any]:
+def predictions(planner: Planner, setup: Setup) -> dict[str, dict[str, Any]]:
+    """The ``objectives`` of `plan`."""
+    return {name: _prediction(planner, setup, name) for name in OBJECTIVES}
+
+
+def _prediction(planner: Planner, setup: Setup, name: str) -> dict[str, Any]:
+    run = planner.run(setup.job(name), not setup.device.overlaps)
     costs = planner.costs(run, setup.job(name))
     phases = {}
     for phase_name, phase in run.phases.items():
@@ -212,32 +222,44 @@ def held(planner: Planner, setup: Setup, phase: Phase) -> dict[str, int]:
 
 
 def suggestions(planner: Planner, setup: Setup) -> list[dict[str, Any]]:
-    """The largest batch per device for EBFT, each way to save memory; the one to take first is ``suggested``.
-
-    What a step holds grows by the same amount with every row, so two dry runs tell.
-    """
+    """The largest batch per device for EBFT, each way to save memory; the one to take first is ``suggested``."""
     out = []
     for checkpointing in (False, True):
-        small = replace(setup, checkpointing=checkpointing)
-        runs = [planner.run(replace(small, batch=batch).job("ebft"), not setup.device.overlaps) for batch in (1, 2)]
+
+        @functools.cache
+        def run(batch: int, checkpointing: bool = checkpointing) -> DryRun:
+            job = replace(setup, batch=batch, checkpointing=checkpointing).job("ebft")
+            return planner.run(job, not setup.device.overlaps)
+
         for sharded in (False, True)[: 1 + (setup.count > 1)]:
-            way = replace(small, sharded=sharded)
-            out.append(
-                {"sharded": sharded, "checkpointing": checkpointing, "batch": _largest_batch(planner, way, runs)}
-            )
+            way = replace(setup, sharded=sharded)
+
+            def needed(batch: int, run: Callable[[int], DryRun] = run, way: Setup = way) -> int:
+                return max(sum(held(planner, way, phase).values()) for phase in run(batch).phases.values())
+
+            batch = largest_batch(needed, USABLE * setup.device.memory)
+            out.append({"sharded": sharded, "checkpointing": checkpointing, "batch": batch})
     fitting = [way for way in out if way["batch"]]
     # Sharding costs less than running every block's forward pass twice.
     best = min(fitting, key=lambda way: (way["checkpointing"], way["sharded"]), default=None)
     return [{**way, "suggested": way is best} for way in out]
 
 
-def _largest_batch(planner: Planner, setup: Setup, runs: list[DryRun]) -> int:
-    sizes = []
-    for name in runs[0].phases:
-        one, two = (sum(held(planner, setup, run.phases[name]).values()) for run in runs)
-        room = USABLE * setup.device.memory - one
-        sizes.append(0 if room < 0 else 1 + int(room // (two - one)) if two > one else None)
-    return min(size for size in sizes if size is not None)
+def largest_batch(needed: Callable[[int], float], room: float) -> int:
+    """The largest number of rows whose ``needed``, which grows about linearly, is at most ``room``; 0 if none."""
+    if needed(1) > room:
+        return 0
+    low, high = 1, 2
+    while needed(high) <= room and high < _MOST_ROWS:
+        slope = (needed(high) - needed(low)) / (high - low)
+        low, high = high, min(high + int((room - needed(high)) / slope) + 1 if slope else 2 * high, _MOST_ROWS)
+    if needed(high) <= room:
+        return high
+    while high - low > 1:
+        between = low + int((room - needed(low)) * (high - low) / (needed(high) - needed(low)))
+        between = min(max(between, low + 1), high - 1)
+        low, high = (between, high) if needed(between) <= room else (low, between)
+    return low
 
 
 def assumptions(setup: Setup) -> list[str]:

@@ -23,7 +23,7 @@ from ebft_trainer.config import EBFTOptions
 from ebft_trainer.costs import matrix_weights
 from ebft_trainer.dry_run import FEATURE_NETWORK, GRADIENTS, OBJECTIVES, OPTIMIZER, PARTS, WEIGHTS
 from ebft_trainer.hardware import GPUS, device
-from ebft_trainer.plan import USABLE, Planner, Setup, held, plan, read_config, suggestions
+from ebft_trainer.plan import USABLE, Planner, Setup, held, largest_batch, plan, predictions, read_config, suggestions
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -64,6 +64,10 @@ MEASURED = {
 }
 
 
+def predicted(setup: Setup) -> dict:
+    return predictions(Planner(setup.config, setup.options, setup.dtype, setup.lora_rank), setup)
+
+
 def measured_setting(setting: dict) -> dict:
     """What `measured_step.py` prints, in a process that gives freed memory back at once."""
     command = [sys.executable, str(ROOT / "tests" / "trainer" / "measured_step.py"), json.dumps(setting)]
@@ -98,7 +102,7 @@ def measured() -> dict[str, tuple[dict, dict]]:
             device=cpu,
             checkpointing=setting.get("checkpointing", False),
         )
-        out[name] = plan(setup)["objectives"], measured_setting(setting)
+        out[name] = predicted(setup), measured_setting(setting)
     return out
 
 
@@ -127,7 +131,7 @@ def test_times_are_ranked_as_they_are(measured):
     assert pairs >= 20
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_linear_operations_are_those_that_the_model_does(name, objective, checkpointing):
@@ -143,16 +147,15 @@ def test_linear_operations_are_those_that_the_model_does(name, objective, checkp
     heads = sum(2 * setup.batch * head * forwards.get(phase, 0) for phase in costs)
     linear = sum(cost.linear / run.phases[phase].times for phase, cost in costs.items())
     counted = counter.get_total_flops()
-    if name == "gpt_oss":  # every expert is in the products' shapes, whatever share of the rows it gets
-        assert counted > linear
-    else:
-        assert counted == pytest.approx(linear + heads, rel=1e-3)
+    # What is recomputed ends where the last saved tensor is found: for a Llama before its block's last matrix.
+    skipped = 2 * costs["backward"].rows * 4 * 40 * 32 if name == "llama" else 0
+    assert counted == pytest.approx(linear + heads - skipped, rel=1e-6)
 
 
 def test_weights_of_experts_count_by_their_use():
     config = tiny("gpt_oss")
-    planner = Planner(AutoConfig.for_model(**config), EBFTOptions(), torch.float32)
-    all_used = Planner(AutoConfig.for_model(**config | {"num_experts_per_tok": 4}), EBFTOptions(), torch.float32)
+    planner = Planner(AutoConfig.for_model(**config), EBFTOptions(), torch.bfloat16)
+    all_used = Planner(AutoConfig.for_model(**config | {"num_experts_per_tok": 4}), EBFTOptions(), torch.bfloat16)
     experts = sum(x.numel() for x in planner.model.parameters() if x.ndim == 3)
     assert matrix_weights(all_used.model) - matrix_weights(planner.model) == experts / 2
 
@@ -164,9 +167,16 @@ def test_visible_pairs_are_those_of_the_mask(name, window):
     assert layout.visible_pairs(window) == int(layout.dense_mask(window).sum())
 
 
+def test_a_mixture_of_experts_is_planned_in_bfloat16():
+    objectives = predicted(setup_of(tiny("gpt_oss"), dtype=torch.bfloat16))
+    assert objectives["ebft"]["phases"]["policy"]["linear"] > 0
+    with pytest.raises(ValueError, match="dtype: expected bfloat16 for a mixture of experts"):
+        predicted(setup_of(tiny("gpt_oss")))
+
+
 def test_operations_of_attention_and_head_by_hand():
     setup = setup_of(tiny())
-    objectives = plan(setup)["objectives"]
+    objectives = predicted(setup)
     layout = setup.job("ebft").layout()
     pairs = int(layout.without_last_step().dense_mask().sum())
     phases = objectives["ebft"]["phases"]
@@ -179,16 +189,17 @@ def test_operations_of_attention_and_head_by_hand():
     assert phases["backward"]["head"] == 3 * phases["policy"]["head"]
     assert objectives["sft"]["phases"]["policy"]["head"] == 2 * 2 * 23 * 61 * 32
     assert objectives["rlvr"]["phases"]["rollout: steps"]["times"] == 11
-    windowed = plan(setup_of(tiny("gemma2")))["objectives"]["ebft"]["phases"]["policy"]["attention"]
+    windowed = predicted(setup_of(tiny("gemma2")))["ebft"]["phases"]["policy"]["attention"]
     in_window = int(layout.without_last_step().dense_mask(6).sum())
     assert windowed == 2 * 2 * 4 * 16 * (pairs + in_window)  # every second block slides
 
 
 def test_fixed_parts_are_exact():
-    model = plan(setup_of(tiny()))["model"]
-    memory = plan(setup_of(tiny()))["objectives"]["ebft"]["memory"]
-    assert memory[GRADIENTS] == 4 * model["parameters"] == memory[OPTIMIZER] / 2
-    assert 0 <= memory[WEIGHTS] - 4 * model["parameters"] < 1000  # frequencies of the rotary embedding
+    setup = setup_of(tiny())
+    planner = Planner(setup.config, setup.options, setup.dtype)
+    memory = predictions(planner, setup)["ebft"]["memory"]
+    assert memory[GRADIENTS] == 4 * planner.parameters == memory[OPTIMIZER] / 2
+    assert 0 <= memory[WEIGHTS] - 4 * planner.parameters < 1000  # frequencies of the rotary embedding
     assert set(memory) == set(PARTS)
 
 
@@ -276,12 +287,29 @@ def test_command(config_file, capsys):
 
 
 def test_a_large_model_takes_no_memory():
-    """70 billion parameters, in less than a gigabyte: of a machine that could not hold them."""
+    """70 billion parameters: no machine for tests could hold them."""
     large = LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
     large |= {"num_attention_heads": 64, "num_key_value_heads": 8}
-    result = plan(setup_of(large, batch=1, length=1024, options={}, dtype=torch.bfloat16, count=64, sharded=True))
-    assert 69e9 < result["model"]["parameters"] < 71e9
-    assert not result["suggestions"][0]["batch"]
+    setup = setup_of(large, batch=1, length=1024, options={}, dtype=torch.bfloat16, count=64, sharded=True)
+    planner = Planner(setup.config, setup.options, setup.dtype)
+    assert 69e9 < planner.parameters < 71e9
+    phase = planner.run(setup.job("sft"), False).phases["backward"]
+    assert sum(held(planner, setup, phase).values()) < 80e9 < phase.bytes
+
+
+@pytest.mark.parametrize("kink", [3, 10, 1000])
+@pytest.mark.parametrize("room", [9.9, 10, 57, 100, 12345])
+def test_the_largest_batch_of_a_bent_line(kink, room):
+    def needed(batch: int) -> float:
+        return 10 + max(batch - 1, 3 * (batch - kink))
+
+    found = largest_batch(needed, room)
+    assert (found == 0) == (room < 10)
+    assert not found or needed(found) <= room < needed(found + 1)
+
+
+def test_a_batch_without_end_is_cut_off():
+    assert largest_batch(lambda _batch: 1.0, 2.0) == 1 << 16
 
 
 @pytest.mark.parametrize(
