@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -215,6 +217,20 @@ def test_a_cache_can_be_used_again(tiny, layout, tokens):
 
 
 @torch.no_grad()
+def test_a_cache_is_freed_with_its_last_reference(tiny, layout, tokens):
+    """Without waiting for a garbage collection: the training pass that follows needs the memory."""
+    model, cache = tiny.build("llama"), StridedCache(layout)
+    with torch.no_grad():
+        hidden_states(model, tokens[:, : layout.length], layout, cache=cache)
+    buffer = weakref.ref(cache.layers[0].keys)
+    gc.disable()
+    try:
+        del cache
+        assert buffer() is None
+    finally:
+        gc.enable()
+
+
 def test_a_horizon_of_one_leaves_a_policy_pass_over_the_prompt_alone(tiny):
     layout = StridedLayout.strided(2, 10, context=4, stride=3, horizon=1, samples=2)
     tokens = tiny.tokens_of(layout)
