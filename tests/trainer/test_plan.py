@@ -22,7 +22,7 @@ from ebft_trainer import cli
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.costs import matrix_weights
 from ebft_trainer.dry_run import FEATURE_NETWORK, GRADIENTS, OBJECTIVES, OPTIMIZER, PARTS, WEIGHTS
-from ebft_trainer.hardware import GPUS, device
+from ebft_trainer.hardware import FAST, GPUS, SLOW, device
 from ebft_trainer.plan import USABLE, Planner, Setup, held, largest_batch, plan, predictions, read_config, suggestions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -344,3 +344,17 @@ def test_a_row_too_short_for_a_rollout_is_one_line(config_file, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "--model", str(config_file), "--length", "9"])
     assert "length: expected at least context + horizon = 16 tokens, got 9" in capsys.readouterr().err
+
+
+def test_the_page_has_the_data_sheets_and_what_is_assumed():
+    text = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    for key, gpu in GPUS.items():
+        rates = " | ".join(f"{gpu.rates[x] / 1e12:.4g}" for x in (torch.bfloat16, torch.float32))
+        assert f"| `{key}` | {gpu.name} | {gpu.memory / 1e9:.0f} | {rates} | {gpu.bandwidth / 1e12:.3f} |" in text
+    assert text.count("| `") == len(GPUS)
+    products, bandwidth, starts = zip(FAST, SLOW, strict=True)
+    host = [x * GPUS["h100"].seconds_per_op * 1e6 for x in starts]
+    words = " ".join(text.split())
+    assert f"{products[0]:.0%}"[:-1] + f" and {products[1]:.0%}".replace("%", " % of the rate") in words
+    assert f"{bandwidth[0]:.0%}"[:-1] + f" and {bandwidth[1]:.0%}".replace("%", " % of the bandwidth") in words
+    assert f"{host[0]:.0f} and {host[1]:.0f} microseconds per op" in words
