@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from ebft_kernels import StridedLayout
 
 
@@ -67,6 +65,4 @@ class Geometry(NamedTuple):
 
 def visible_pairs(layout: StridedLayout) -> int:
     """Pairs of a query row and a key that it sees, per head, in the whole batch."""
-    start, end, own = layout.key_ranges
-    row = torch.arange(layout.packed_length, device=layout.device)
-    return int((end - start + row + 1 - own).sum())
+    return layout.visible_pairs()

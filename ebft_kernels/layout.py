@@ -364,6 +364,12 @@ class StridedLayout:
         check_int("window", window, minimum=1)
         return slide_key_ranges(self.key_ranges, window)
 
+    def visible_pairs(self, window: int | None = None) -> int:
+        """Pairs of a query row and a key that it sees, per head, in the whole batch: what attention must compute."""
+        start, end, own = self.visible_keys(window)
+        row = torch.arange(self.packed_length, device=self.device)
+        return int(((end - start).clamp_min(0) + row + 1 - own).sum())
+
     def dense_mask(self, window: int | None = None, *, block: str = "causal") -> Tensor:
         """[B, 1, S, S] bool, True = may attend. For tests, small inputs and other trainers: it is quadratic in S.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +23,8 @@ class _StridedCacheLayer(CacheLayerMixin):
 
     def __init__(self, cache: StridedCache) -> None:
         super().__init__()
-        self._cache = cache
+        # A cycle would keep the buffers until the next garbage collection, through the training pass that follows.
+        self._cache = weakref.proxy(cache)
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""`ebft-train`: train, evaluate, demo, info."""
+"""`ebft-train`: train, evaluate, report, plan, demo, info."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ from .cli_data import (
 from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_arguments, options_of
 from .corpus import stdlib_sources
 from .feature_maps import build_feature_map
+from .monitor import LOG_FILE, JsonlLog
+from .plan import PLAN_OPTIONS, add_plan_arguments, prepare_plan
 from .plots import table, write_json
+from .report import add_report_arguments, prepare_report
+from .results import MODEL_FOLDER, RESULT_FILE, RUN_FILE
 from .trainer import EBFTTrainer
-
-RUN_FILE, RESULT_FILE, MODEL_FOLDER = "ebft.json", "results.json", "model"
 
 # The training arguments that have an option of their own, and its type; everything else is for scripts.
 _TRAINING: dict[str, type] = {
@@ -58,6 +60,7 @@ _TRAINING: dict[str, type] = {
     "save_steps": int,
     "save_total_limit": int,
     "report_to": str,
+    "grad_norm_terms": bool,
     "bf16": bool,
     checkpointing_field(): bool,
     "max_nonfinite_steps": int,
@@ -130,6 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--steps", type=int, default=demo.Settings.steps, help=f"optimizer steps ({demo.Settings.steps})")
     show.set_defaults(prepare=prepare_demo)
 
+    report = commands.add_parser("report", help="runs side by side in one HTML page")
+    add_report_arguments(report)
+    report.set_defaults(prepare=prepare_report)
+
+    planning = commands.add_parser("plan", help="tokens, operations, memory and time of a step, from a model's config")
+    add_plan_arguments(planning)
+    _add_options(planning, {"per_device_train_batch_size": int, checkpointing_field(): bool}, PLAN_OPTIONS)
+    planning.set_defaults(prepare=prepare_plan)
+
     info = commands.add_parser("info", help="versions, devices and implementations, and why")
     info.add_argument("--self-test", action="store_true", help="also check every op on this machine")
     info.set_defaults(prepare=prepare_info)
@@ -144,13 +156,16 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_options(parser: argparse.ArgumentParser, training: dict[str, type]) -> None:
-    """Options for the method and for the chosen training arguments, with the defaults and help of `EBFTConfig`."""
+def _add_options(
+    parser: argparse.ArgumentParser, training: dict[str, type], method_options: Sequence[str] | None = None
+) -> None:
+    """Options for the method (None: all) and for training arguments, with the defaults and help of `EBFTConfig`."""
     types = typing.get_type_hints(EBFTOptions)
     config = {field.name: field for field in fields(EBFTConfig)}
     method = parser.add_argument_group("the method")
     for option in fields(EBFTOptions):
-        _add_option(method, option, types[option.name])
+        if method_options is None or option.name in method_options:
+            _add_option(method, option, types[option.name])
     group = parser.add_argument_group("training and evaluation")
     for name, kind in training.items():
         _add_option(group, config[name], kind)
@@ -186,7 +201,7 @@ def _layer(text: str) -> int | float:
 def _config(arguments: argparse.Namespace, output: Path | str, **others: Any) -> EBFTConfig:
     names = {option.name for option in fields(EBFTConfig)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
-    return EBFTConfig(output_dir=str(output), **device_arguments(), **given, **others)
+    return EBFTConfig(output_dir=str(output), **device_arguments(), **(given | others))
 
 
 def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
@@ -247,6 +262,7 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
         "data": arguments.data,
         "options": vars(options_of(config)),
         "rows": {name: getattr(arguments, name) for name in (*ROW_OPTIONS, "dtype")},
+        "training": {name: value for name, value in config.to_dict().items() if name in _TRAINING},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
         "lora": None if arguments.lora_rank is None else {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha},
         "versions": _versions(),
@@ -263,6 +279,7 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
     trainer = EBFTTrainer(
         model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
     )
+    trainer.add_callback(JsonlLog(output / LOG_FILE))
 
     def work() -> None:
         with trainer.accelerator.main_process_first():

@@ -191,6 +191,9 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
     logging_steps: float = _option(10, "log every so many optimizer steps")
     logging_nan_inf_filter: bool = _option(False, "log an average of earlier losses in place of NaN")
     eval_rows: int = _option(64, "evaluate on this many rows, chosen once with eval_seed")
+    grad_norm_terms: bool = _option(
+        False, "log the gradient norm of each term of the loss; one more backward pass per term, for logged steps only"
+    )
     eval_seed: int = _option(0, "seed of the evaluation's rows and rollouts, apart from the training seed")
     pad_to_multiple_of: int = _option(1, "round the length of a batch up to a multiple, so that few shapes occur")
     shard_feature_network: bool = _option(False, "spread the frozen feature network over all ranks with FSDP2")

@@ -17,6 +17,7 @@ from .data import Row
 from .demo_model import MODEL_FOLDER
 from .features import FeatureNetwork
 from .plots import plot_demo, table, write_json
+from .results import seconds_per_step
 from .trainer import EBFTTrainer
 
 RESULT_FILE, PLOT_FILE = "demo.json", "demo.png"
@@ -110,7 +111,7 @@ def run(
         print(f"{_TITLES[name]}: {settings.steps} steps of {settings.rows_per_step} rows, then evaluation", flush=True)
         trainer.train()
         results[name] = _evaluation(trainer)
-        results["seconds"][name] = _seconds(trainer.state.log_history)
+        results["seconds"][name] = seconds_per_step(trainer.state.log_history)
     print("\n" + result_tables(results))
     write_json(output / RESULT_FILE, results)
     print(f"\nnumbers: {output / RESULT_FILE}")
@@ -162,15 +163,6 @@ def _evaluation(trainer: EBFTTrainer) -> dict[str, float]:
     left_out = ("eval_loss", "eval_runtime", "eval_samples_per_second", "epoch")
     metrics = trainer.evaluate()
     return {name.removeprefix("eval_"): value for name, value in metrics.items() if name not in left_out}
-
-
-def _seconds(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean seconds per optimizer step: of the whole step, of each phase, and of what remains (backward, optimizer)."""
-    lines = [line for line in history if "seconds/step" in line]
-    names = [name for name in ("step", *PHASES) if f"seconds/{name}" in lines[0]]
-    seconds = {name: sum(line[f"seconds/{name}"] for line in lines) / len(lines) for name in names}
-    seconds["backward and optimizer"] = 2 * seconds["step"] - sum(seconds.values())
-    return seconds
 
 
 def result_tables(results: dict[str, Any]) -> str:

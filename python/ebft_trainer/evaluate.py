@@ -43,14 +43,15 @@ def evaluation_sums(
         verifier: whose rewards to measure too.
 
     Returns:
-        [3 + 2 G] float32: nats, tokens, valid anchors; then per horizon 1..G, over valid anchors, the sum of the
+        [5 + 2 G] float32: nats, tokens, valid anchors; nats of the rollouts' tokens and these tokens, so weighted that
+        the tokens of a window together count as one; then per horizon 1..G, over valid anchors, the sum of the
         feature-matching loss and of the alignment (mean over samples); with a verifier one more, the same of its
         reward.
     """
     prompt, layout, mask = batch["input_ids"], batch["layout"], batch.get("completion_mask")
     log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=mask)
     ends = end_tokens(model, options.eos_token_ids)
-    tokens, _ = sample_rollouts(
+    tokens, rollout_log_probs = sample_rollouts(
         model,
         prompt,
         layout,
@@ -60,16 +61,18 @@ def evaluation_sums(
         eos_token_ids=ends,
         generator=generator,
     )
-    masks = {
-        "token_mask": mask,
-        "rollout_mask": rollout_mask(before_end(tokens, ends) if ends else None, layout, mask),
-    }
-    valid = rollout_weights(layout, mask).any(-1)  # [B, A]
+    alive = before_end(tokens, ends) if ends else None
+    masks = {"token_mask": mask, "rollout_mask": rollout_mask(alive, layout, mask)}
+    weights = rollout_weights(layout, mask)
+    valid = weights.any(-1)  # [B, A]
     # In its own precision, as in training, where autocast covers the model alone.
     with torch.autocast(prompt.device.type, enabled=False):
         features = _features_by_horizon(feature_network, prompt, tokens, layout, masks, options)
         losses, alignments = _by_horizon(features, valid, options, groups=getattr(feature_network, "groups", 1))
-    sums = [-(log_probs * counted).sum(), counted.sum(), valid.sum(), *losses, *alignments]
+    share = weights[:, :, None].expand_as(tokens) * valid.sum() / layout.samples
+    share = share if alive is None else share * alive
+    sums = [-(log_probs * counted).sum(), counted.sum(), valid.sum(), -(rollout_log_probs * share).sum(), share.sum()]
+    sums += [*losses, *alignments]
     if verifier is not None:
         sums.append((verifier(prompt, tokens, layout, **masks).mean(2) * valid).sum())
     return torch.stack([x.float() for x in sums])
@@ -148,18 +151,22 @@ def pool_first_tokens(features: Tensor, counted: Tensor, horizon: int, pooling: 
 
 
 def evaluation_metrics(sums: Tensor, horizon: int) -> dict[str, float]:
-    """Means from the added-up sums of `evaluation_sums` [3 + 2 G], or [4 + 2 G] with a verifier's.
+    """Means from the added-up sums of `evaluation_sums` [5 + 2 G], or [6 + 2 G] with a verifier's.
 
     Returns:
-        ``cross_entropy`` (nats per counted token), ``perplexity``, ``feature_matching_loss`` and ``alignment`` at the
-        full horizon, and both as ``..._h1`` to ``..._hG``; ``verifier_reward`` if it was measured.
+        ``cross_entropy`` (nats per counted token), ``perplexity``, ``rollout_entropy`` (nats per rollout token at the
+        sampling temperature, estimated from the rollouts up to their ends), ``entropy_gap`` (its excess over the
+        cross-entropy: below 0 the model is surer of its own text than of real text), ``feature_matching_loss`` and
+        ``alignment`` at the full horizon, and both as ``..._h1`` to ``..._hG``; ``verifier_reward`` if it was measured.
     """
-    nats, tokens, anchors, *rest = sums.tolist()
+    nats, tokens, anchors, rollout_nats, rollout_tokens, *rest = sums.tolist()
     losses, alignments = ([x / anchors for x in part] for part in (rest[:horizon], rest[horizon : 2 * horizon]))
-    cross_entropy = nats / tokens
+    cross_entropy, rollout_entropy = nats / tokens, rollout_nats / (rollout_tokens or 1.0)
     metrics = {
         "cross_entropy": cross_entropy,
         "perplexity": math.exp(min(cross_entropy, 700.0)),
+        "rollout_entropy": rollout_entropy,
+        "entropy_gap": rollout_entropy - cross_entropy,
         "feature_matching_loss": losses[-1],
         "alignment": alignments[-1],
     }

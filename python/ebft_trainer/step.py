@@ -41,6 +41,7 @@ class EBFTStep(NamedTuple):
         match: feature-matching losses, rewards and advantages.
         metrics: scalar tensors without gradient, and Python floats; see :func:`ebft_step`.
         verifier_reward: [B, A, n], what the verifier gave.
+        terms: the loss's terms by name, with their coefficients and shares, each to be differentiated as the loss.
     """
 
     loss: Tensor
@@ -49,6 +50,7 @@ class EBFTStep(NamedTuple):
     match: FeatureMatching | None
     metrics: dict[str, Tensor | float]
     verifier_reward: Tensor | None = None
+    terms: dict[str, Tensor] = {}
 
 
 def ebft_step(
@@ -163,14 +165,14 @@ def ebft_step(
     losses = _losses(drawn, log_probs, advantages, reference, config)
     if text_log_probs is not None:
         losses["ce"] = _masked_mean(-text_log_probs, scored_prompt_tokens(layout, token_mask))
-    loss = sum(getattr(config, f"{name}_coef") * shares[int(name == "ce")] * term for name, term in losses.items())
+    terms = {name: getattr(config, f"{name}_coef") * shares[int(name == "ce")] * term for name, term in losses.items()}
     log_probs = drawn.until_end(log_probs.detach())
     metrics |= {f"loss/{name}": term.detach() for name, term in losses.items()}
     metrics["entropy"] = -drawn.mean(log_probs)
     metrics["log_prob_gap"] = drawn.mean((log_probs - drawn.log_probs).abs())
     metrics["tokens"] = float(layout.batch_size * layout.packed_length)
     clock.lap("policy")
-    return EBFTStep(loss, drawn.tokens, log_probs, match, metrics | clock.seconds, rewards)
+    return EBFTStep(sum(terms.values()), drawn.tokens, log_probs, match, metrics | clock.seconds, rewards, terms)
 
 
 def _losses(
@@ -343,7 +345,8 @@ def _cross_entropy_step(
         "tokens": float(prompt.numel()),
         "seconds/policy": perf_counter() - start,
     }
-    return EBFTStep(config.ce_coef * shares[1] * ce_loss, None, None, None, metrics)
+    terms = {"ce": config.ce_coef * shares[1] * ce_loss}
+    return EBFTStep(terms["ce"], None, None, None, metrics, terms=terms)
 
 
 def _matching_metrics(match: FeatureMatching, drawn: _Drawn) -> dict[str, Tensor | float]:

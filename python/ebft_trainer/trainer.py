@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint, has_length, speed_me
 
 from ebft_kernels.integrations.transformers import check_model, output_head
 
+from .calibration import BINS, calibration_error, calibration_sums
 from .checkpoint import (
     UNFINISHED,
     CheckpointError,
@@ -38,9 +39,10 @@ from .evaluate import evaluation_metrics, evaluation_sums
 from .feature_maps import build_feature_map
 from .features import FeatureMap, FeatureNetwork, has_adapters
 from .metrics import MetricSums
+from .monitor import CollapseWarning, gradient_norms
 from .rollout import evaluation_mode
 from .scoring import loss_weights
-from .step import ebft_step
+from .step import EBFTStep, ebft_step
 from .verifiers import Verifier, load_verifier
 
 
@@ -167,6 +169,8 @@ class EBFTTrainer(Trainer):
         )
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: accelerate does not shard on {args.device}; it needs an accelerator per process")
+        if args.grad_norm_terms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("grad_norm_terms: expected False with FSDP or DeepSpeed, whose gradients are sharded")
         self.feature_network = feature_network
         if isinstance(feature_network, nn.Module):
             self.feature_network = feature_network.to(args.device)
@@ -187,6 +191,7 @@ class EBFTTrainer(Trainer):
         self._nonfinite_in_a_row = 0
         self._saving = False
         self.add_callback(_NonFiniteSteps(self))
+        self.add_callback(CollapseWarning)
 
     def train(
         self,
@@ -254,12 +259,20 @@ class EBFTTrainer(Trainer):
             verifier=self.verifier,
             reference_model=self.reference_model,
         )
-        self._metrics.add({**result.metrics, "loss": result.loss}, weights)
+        norms = self._gradient_norms(model, result, micro_batch)
+        self._metrics.add({**result.metrics, **norms, "loss": result.loss}, weights)
         finite = result.loss.detach().isfinite()
         self._nonfinite_losses.append(~finite)
         # The step is skipped; transformers' running sum of losses is not to be NaN from here on.
         loss = result.loss.where(finite, 0.0)
         return (loss, {"step": result}) if return_outputs else loss
+
+    def _gradient_norms(self, model: nn.Module, result: EBFTStep, micro_batch: int) -> dict[str, Tensor]:
+        """Of each term on the first micro-batch of a step that is logged, if asked for."""
+        step = self.state.global_step + 1
+        if not self.args.grad_norm_terms or micro_batch or step % self.state.logging_steps:
+            return {}
+        return gradient_norms(result.terms, [x for x in model.parameters() if x.requires_grad])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means, since the last training log, of every metric of `ebft_step`, and two speeds.
@@ -277,9 +290,11 @@ class EBFTTrainer(Trainer):
         """Evaluate on ``args.eval_rows`` rows: the same rows and the same random numbers at every call.
 
         Returns:
-            ``eval_cross_entropy`` (nats per token; also as ``eval_loss``), ``eval_perplexity``, and for rollouts of the
-            trained horizon ``eval_feature_matching_loss`` and ``eval_alignment``; both also per horizon 1..G, named
-            ``eval_alignment_h1`` and so on; with a verifier ``eval_verifier_reward``.
+            ``eval_cross_entropy`` (nats per token; also as ``eval_loss``), ``eval_perplexity``,
+            ``eval_calibration_error`` (`calibration_error`), and for rollouts of the trained horizon
+            ``eval_rollout_entropy``, ``eval_entropy_gap``, ``eval_feature_matching_loss`` and ``eval_alignment``
+            (`evaluation_metrics`); the last two also per horizon 1..G, named ``eval_alignment_h1`` and so on; with a
+            verifier ``eval_verifier_reward``.
 
         Raises:
             ValueError: there is no dataset, or it has no length or no rows.
@@ -299,7 +314,9 @@ class EBFTTrainer(Trainer):
         started = time.perf_counter()
         wall_clock = time.time()
         rows = _chosen_rows(len(dataset), self.args.eval_rows, self.args.eval_seed)
-        metrics = evaluation_metrics(self._evaluation_sums(dataset, rows), self.args.horizon)
+        sums = self._evaluation_sums(dataset, rows)
+        metrics = evaluation_metrics(sums[: -3 * BINS], self.args.horizon)
+        metrics["calibration_error"] = calibration_error(sums[-3 * BINS :])
         metrics["loss"] = metrics["cross_entropy"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, wall_clock, num_samples=len(rows)))
@@ -331,6 +348,10 @@ class EBFTTrainer(Trainer):
                     generator=generator,
                     verifier=self.verifier,
                 )
+                calibration = calibration_sums(
+                    self.model_wrapped, batch["input_ids"], batch["layout"], token_mask=batch.get("completion_mask")
+                )
+                result = torch.cat([result, calibration])
                 sums.append(result if number < len(batches) else torch.zeros_like(result))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return self.accelerator.reduce(torch.stack(sums).cpu().double().sum(0).to(self.args.device))

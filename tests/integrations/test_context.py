@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -212,6 +214,20 @@ def test_a_cache_can_be_used_again(tiny, layout, tokens):
     assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
     assert buffers[0] == buffers[1] == buffers[2]
     assert all(layer.keys.shape == (2, 2, layout.packed_length, 8) for layer in cache.layers)
+
+
+def test_a_cache_is_freed_with_its_last_reference(tiny, layout, tokens):
+    """Without waiting for a garbage collection: the training pass that follows needs the memory."""
+    model, cache = tiny.build("llama"), StridedCache(layout)
+    with torch.no_grad():
+        hidden_states(model, tokens[:, : layout.length], layout, cache=cache)
+    buffer = weakref.ref(cache.layers[0].keys)
+    gc.disable()
+    try:
+        del cache
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

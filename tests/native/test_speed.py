@@ -1,7 +1,8 @@
 """Time of the compiled kernels beside plain PyTorch's and a plain copy of as many bytes, all taken in turn.
 
-The goals at 2 threads are 2 times PyTorch and 80 % of a copy for matching and pooling, 1.3 times PyTorch for the decoding
-step. The bounds leave room for a busy machine. What was measured is printed: ``pytest -s tests/native/test_speed.py``.
+The goals at 2 threads are 2 times PyTorch and 80 % of a copy for matching and pooling, 1.3 times PyTorch for the
+decoding step. The bounds leave room for a busy machine. What was measured is printed:
+``pytest -s tests/native/test_speed.py``.
 """
 
 from __future__ import annotations

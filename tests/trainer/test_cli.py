@@ -62,6 +62,7 @@ def test_train_resume_and_evaluate(train, model_folder, text, tmp_path, capsys):
         "checkpoint-2",
         "checkpoint-4",
         "ebft.json",
+        "log.jsonl",
         "model",
         "results.json",
     ]
@@ -101,7 +102,9 @@ def test_a_run_can_be_overwritten_and_nothing_else(train, tmp_path):
 
 
 def test_held_out_data_may_be_given(train, text, tmp_path):
-    train("--eval-data", text, "--eval-fraction", "0", "--max-steps", "1")
+    train("--eval-data", text, "--eval-fraction", "0", "--max-steps", "2", "--eval-steps", "1")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 1, 2, 2]
     assert "before" in json.loads((tmp_path / "run" / "results.json").read_text())
 
 

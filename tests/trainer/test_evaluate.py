@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -87,7 +88,7 @@ def test_another_feature_map_is_asked_for_every_horizon_and_sees_ends(plain, poo
     torch.testing.assert_close(sums(features), expected, rtol=1e-4, atol=1e-4)
     assert seen == [1, 2, 3]
     options.eos_token_ids = []
-    assert not torch.allclose(sums(network)[3:], expected[3:], rtol=1e-3), "without ends there are other features"
+    assert not torch.allclose(sums(network)[5:], expected[5:], rtol=1e-3), "without ends there are other features"
 
 
 def test_a_verifiers_reward_is_measured_too(plain):
@@ -103,7 +104,7 @@ def test_a_verifiers_reward_is_measured_too(plain):
 
     generator = torch.Generator().manual_seed(3)
     sums = evaluation_sums(model, FeatureNetwork(model, [2]), batch, options, generator=generator, verifier=verifier)
-    assert len(sums) == 4 + 2 * 3
+    assert len(sums) == 6 + 2 * 3
     metrics = evaluation_metrics(sums, 3)
     assert metrics["verifier_reward"] == pytest.approx(given[0][layout.valid].mean().item(), rel=1e-6)
     assert "verifier_reward" not in evaluation_metrics(sums[:-1], 3)
@@ -167,6 +168,41 @@ def test_only_completions_are_scored(plain):
 
 
 def test_sums_of_several_batches_give_the_mean_over_all_anchors_and_tokens():
-    parts = torch.tensor([[6.0, 2.0, 1.0, 3.0, 5.0], [10.0, 6.0, 3.0, 1.0, 3.0]])
+    parts = torch.tensor([[6.0, 2.0, 1.0, 1.0, 1.0, 3.0, 5.0], [10.0, 6.0, 3.0, 5.0, 2.0, 1.0, 3.0]])
     metrics = evaluation_metrics(parts.sum(0), 1)
     assert (metrics["cross_entropy"], metrics["feature_matching_loss"], metrics["alignment"]) == (2.0, 1.0, 2.0)
+    assert (metrics["rollout_entropy"], metrics["entropy_gap"]) == (2.0, 0.0)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rollout_entropy_is_over_the_tokens_that_count(plain, ends, masked):
+    options = EBFTOptions(**GEOMETRY, eos_token_ids=list(range(0, 61, 3)) if ends else [])
+    model = plain.build()
+    rows = random_rows(17, 12)
+    if masked:
+        rows[0]["completion_mask"] = [0] * 6 + [1] * 4 + [0] * 2 + [1] * 5
+    batch = EBFTCollator(options)(rows)
+    layout, mask, seed = batch["layout"], batch.get("completion_mask"), torch.Generator().manual_seed
+    sums = evaluation_sums(model, FeatureNetwork(model, [2]), batch, options, generator=seed(3))
+    rollouts, log_probs = sample_rollouts(
+        model,
+        batch["input_ids"],
+        layout,
+        temperature=options.temperature,
+        eos_token_ids=options.eos_token_ids,
+        generator=seed(3),
+    )
+    nats = tokens = 0.0
+    for b, a, i in itertools.product(range(2), range(layout.num_anchors), range(3)):
+        anchor = layout.anchors[b, a].item()
+        window = [True] * 3 if mask is None else mask[b, anchor : anchor + 3].tolist()
+        if not layout.valid[b, a] or not any(window):
+            continue
+        for g, counts in enumerate(window):
+            before = rollouts[b, a, i, :g].tolist()
+            if counts and not any(token in options.eos_token_ids for token in before):
+                nats -= log_probs[b, a, i, g].item() / sum(window)
+                tokens += 1 / sum(window)
+    assert (tokens < 3 * sums[2].item()) == ends
+    assert evaluation_metrics(sums, 3)["rollout_entropy"] == pytest.approx(nats / tokens, rel=1e-5)

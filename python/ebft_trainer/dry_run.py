@@ -1,0 +1,367 @@
+"""One optimizer step on the meta device: what it holds and does, found by running the step's own code without data.
+
+A tensor on torch's meta device has a shape, a dtype and a storage with a size, but no memory. Running the model there
+keeps exactly the tensors that a real step keeps, for as long, whatever the architecture; a dispatch mode adds them up.
+Only what the project's own ops hold inside them is not seen, since they are one op each: `_OP_WORKSPACE` has it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ebft_kernels import StridedLayout, feature_matching, linear_log_probs, select_impl
+from ebft_kernels.integrations.transformers import StridedCache, hidden_states
+from ebft_kernels.logprob import _torch as log_probs_in_chunks
+
+from .config import EBFTOptions
+from .features import FeatureNetwork
+from .rollout import _CHUNK_NUMEL
+
+OBJECTIVES = ("ebft", "sft", "rlvr")
+WEIGHTS, FEATURE_NETWORK, GRADIENTS, OPTIMIZER = "weights", "feature network", "gradients", "optimizer states"
+CACHE, ACTIVATIONS, WORKSPACE = "rollouts' keys and values", "activations", "workspace"
+PARTS = (WEIGHTS, FEATURE_NETWORK, OPTIMIZER, GRADIENTS, CACHE, ACTIVATIONS, WORKSPACE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one process does in one optimizer step.
+
+    Attributes:
+        objective: "ebft"; "sft": cross-entropy on the rows; "rlvr": ``samples`` whole responses to each row's first
+            ``prompt_tokens`` tokens, as long as the rest of the row, scored in one pass; the verifier is free.
+        batch: rows.
+        length: tokens per row.
+        options: the method's.
+        prompt_tokens: of RLVR's rows.
+        checkpointing: whether only the blocks' inputs are kept for the backward pass.
+    """
+
+    objective: str
+    batch: int
+    length: int
+    options: EBFTOptions
+    prompt_tokens: int
+    checkpointing: bool = False
+
+    def layout(self) -> StridedLayout:
+        """The packed rows, on the CPU."""
+        options = self.options
+        if self.objective == "rlvr":
+            anchors = torch.full((self.batch, 1), self.prompt_tokens)
+            horizon = self.length - self.prompt_tokens
+            return StridedLayout.from_anchors(anchors, self.prompt_tokens, horizon=horizon, samples=options.samples)
+        layout = StridedLayout.strided(
+            self.batch,
+            self.length,
+            context=options.context,
+            stride=options.stride,
+            horizon=options.horizon,
+            samples=options.samples,
+        )
+        return layout.prompt_only() if self.objective == "sft" else layout
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the text itself is scored too."""
+        return self.objective == "sft" or (self.objective == "ebft" and self.options.ce_coef > 0)
+
+    @property
+    def samples_rollouts(self) -> bool:
+        """Whether the step begins with rollouts."""
+        return self.objective != "sft"
+
+
+class Attention(NamedTuple):
+    """One call of strided attention: query heads, size of their keys and values, sliding window."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    window: int | None
+
+
+@dataclass
+class Phase:
+    """One phase of a step.
+
+    Attributes:
+        peak: part -> bytes at the moment when most is held.
+        ops: that read or write memory.
+        traffic: bytes of their inputs and outputs.
+        attention: the calls of a forward pass.
+        times: how often the phase runs in a step.
+    """
+
+    peak: Counter[str] = field(default_factory=Counter)
+    ops: int = 0
+    traffic: int = 0
+    attention: list[Attention] = field(default_factory=list)
+    times: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """Held at the peak."""
+        return self.peak.total()
+
+
+@dataclass
+class DryRun:
+    """What one step of a job holds and does.
+
+    Attributes:
+        phases: in their order, by name.
+        saved: bytes that the policy's forward pass keeps for the backward pass.
+    """
+
+    phases: dict[str, Phase]
+    saved: int
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs the most memory."""
+        return max(self.phases.values(), key=lambda phase: phase.bytes)
+
+
+def dry_run(model: nn.Module, feature_network: FeatureNetwork | None, job: Job, *, on_cpu: bool) -> DryRun:
+    """Run one step of ``job`` with AdamW, whose states exist already.
+
+    Args:
+        model: a transformers causal language model on the meta device, or a PEFT model around one.
+        feature_network: made from it; None unless the objective is "ebft".
+        job: what to do.
+        on_cpu: whether the ops' workspace is that of their CPU implementations or of those on a GPU.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    fixed = {
+        WEIGHTS: sum(x.nbytes for x in (*model.parameters(), *model.buffers())),
+        OPTIMIZER: 2 * sum(x.nbytes for x in trained),
+    }
+    ledger = _Ledger(on_cpu)
+    ledger.keep(model)
+    if feature_network is not None:
+        ledger.keep(feature_network)
+        own = (*feature_network.parameters(), *feature_network.buffers())
+        fixed[FEATURE_NETWORK] = sum(x.nbytes for x in own)
+    layout = job.layout().to("meta")
+    with ledger:
+        if job.samples_rollouts:
+            _run_rollouts(ledger, model, layout)
+        kept = []
+        if feature_network is not None:
+            with ledger.phase("features"):
+                features = feature_network(_tokens(layout, layout.packed_length), layout)
+                kept += feature_matching(*features, whitening=job.options.whitening, groups=feature_network.groups)
+                del features
+        saved = _run_policy(ledger, model, layout, job, trained)
+    for phase in ledger.phases.values():
+        phase.peak.update(fixed)
+    return DryRun(ledger.phases, saved)
+
+
+def _tokens(layout: StridedLayout, rows: int) -> Tensor:
+    return torch.zeros(layout.batch_size, rows, dtype=torch.int64, device="meta")
+
+
+@torch.no_grad()
+def _run_rollouts(ledger: _Ledger, model: nn.Module, layout: StridedLayout) -> None:
+    """As `sample_rollouts`, with one decoding step for all: each needs the same memory."""
+    model.eval()
+    head = model.get_output_embeddings().weight
+    rollouts = layout.num_anchors * layout.samples
+    with ledger.phase("rollout: prompt"):
+        cache = StridedCache(layout)
+        rows = layout.anchor_rows(hidden_states(model, _tokens(layout, layout.length), layout, cache=cache))
+        ledger.tag(CACHE, *(x for layer in cache.layers for x in (layer.keys, layer.values)))
+        ledger.transient(_sampling_workspace(rows[..., 0].numel(), head))
+    if layout.horizon > 1:
+        with ledger.phase("rollout: steps", times=layout.horizon - 1):
+            rows = hidden_states(model, _tokens(layout, rollouts), layout, cache=cache, step=layout.horizon - 2)
+            ledger.transient(_sampling_workspace(rows[..., 0].numel(), head))
+
+
+def _sampling_workspace(rows: int, head: Tensor) -> int:
+    """Bytes for the logits of a chunk of rows, their probabilities and these once more in blocks."""
+    numbers = min(rows, max(1, _CHUNK_NUMEL // head.shape[0])) * head.shape[0]
+    cast = 0 if head.dtype.itemsize >= 4 else head.dtype.itemsize
+    return numbers * (3 * max(4, head.dtype.itemsize) + cast)
+
+
+def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: Job, trained: list[nn.Parameter]) -> int:
+    """The policy's forward pass, its log-probabilities and the backward pass; returns the bytes that are saved."""
+    model.train()
+    head = model.get_output_embeddings().weight
+    before = ledger.held
+    with ledger.phase("policy"):
+        short = layout if job.objective == "sft" else layout.without_last_step()
+        hidden = hidden_states(model, _tokens(short, short.packed_length), short)
+        scored = []
+        if job.samples_rollouts:
+            scored.append(layout.predictors(hidden))
+        if job.scores_prompt:
+            scored.append(hidden[:, : layout.length - 1])
+        del hidden
+        loss = sum(linear_log_probs(x, head, torch.zeros_like(x[..., 0], dtype=torch.int64)).mean() for x in scored)
+        del scored
+    saved = ledger.held - before
+    hooks = [x.register_post_accumulate_grad_hook(lambda x: ledger.tag(GRADIENTS, x.grad)) for x in trained]
+    with ledger.phase("backward"):
+        loss.backward()
+    with ledger.phase("optimizer") as phase:  # one fused op: reads weights, gradients, states, writes all but gradients
+        phase.ops, phase.traffic = 1, 7 * sum(x.nbytes for x in trained)
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    return saved
+
+
+class _Ledger(TorchDispatchMode):
+    """Bytes of every storage that is alive, by part, and their highest sum in each phase."""
+
+    def __init__(self, on_cpu: bool) -> None:
+        super().__init__()
+        self.phases: dict[str, Phase] = {}
+        self._on_cpu = on_cpu
+        self._phase = Phase()
+        self._parts: Counter[str] = Counter()
+        self._storages: dict[int, tuple[str, int]] = {}
+        self._known: set[int] = set()
+
+    @property
+    def held(self) -> int:
+        """Bytes now, without what was there before the step."""
+        return self._parts.total()
+
+    def keep(self, module: nn.Module) -> None:
+        """Leave out what is there before the step."""
+        self._known.update(_storage(x)._cdata for x in (*module.parameters(), *module.buffers()))
+
+    @contextmanager
+    def phase(self, name: str, times: int = 1) -> Iterator[Phase]:
+        """What follows is this phase."""
+        self._phase = self.phases[name] = Phase(peak=+self._parts, times=times)
+        yield self._phase
+
+    def tag(self, part: str, *tensors: Tensor) -> None:
+        """Count the storages of ``tensors`` to ``part`` from now on, and in the peak of the current phase."""
+        for x in tensors:
+            before, size = self._storages[_storage(x)._cdata]
+            self._storages[_storage(x)._cdata] = part, size
+            for parts in (self._parts, self._phase.peak):
+                parts[before] -= size
+                parts[part] += size
+
+    def transient(self, size: int) -> None:
+        """``size`` bytes are held for a moment."""
+        if self.held + size > self._phase.bytes:
+            self._phase.peak = self._parts + Counter({WORKSPACE: size})
+
+    def __torch_dispatch__(
+        self, op: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one op and enter its outputs."""
+        out = op(*args, **(kwargs or {}))
+        name = op.name().removeprefix("ebft_kernels::")
+        if name in ("strided_attention", "strided_attention_step"):
+            q, v = args[0], args[2]
+            window = args[13] if name.endswith("_step") else args[12]
+            self._phase.attention.append(Attention(q.shape[1], q.shape[3], v.shape[3], window))
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        for x in outputs:
+            self._enter(_storage(x))
+        if not op.is_view:
+            self._phase.ops += 1
+            tensors = (*outputs, *(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
+            self._phase.traffic += sum(min(x.nbytes, _storage(x).nbytes()) for x in tensors)
+        self.transient(_OP_WORKSPACE[name](self._on_cpu, *args) if name in _OP_WORKSPACE else 0)
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self._storages[key] = ACTIVATIONS, size
+            self._parts[ACTIVATIONS] += size
+            weakref.finalize(storage, self._leave, key)
+
+    def _leave(self, key: int) -> None:
+        part, size = self._storages.pop(key)
+        self._known.discard(key)
+        self._parts[part] -= size
+
+
+def _storage(x: Tensor) -> torch.UntypedStorage:
+    return x.untyped_storage()
+
+
+def _chunk_bytes(on_cpu: bool, rows: int, hidden: Tensor, vocabulary: int) -> int:
+    """Logits of the rows that are worked on together: in float32, and in the model's dtype if that is another."""
+    limit = log_probs_in_chunks.CPU_CHUNK_BYTES if on_cpu else log_probs_in_chunks.CHUNK_BYTES
+    size = max(4, hidden.dtype.itemsize)
+    rows = min(rows, max(log_probs_in_chunks.MIN_ROWS, limit // (vocabulary * size)))
+    return rows * vocabulary * (size + (hidden.dtype.itemsize if hidden.dtype.itemsize < 4 else 0))
+
+
+def _log_probs(on_cpu: bool, hidden: Tensor, weight: Tensor, *_rest: Any) -> int:
+    return _chunk_bytes(on_cpu, hidden.shape[0], hidden, weight.shape[0])
+
+
+def _log_probs_backward(on_cpu: bool, _grad: Tensor, _lse: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
+    """A chunk, and the weight's gradient where it is summed in another dtype than it is returned in."""
+    needs_weight = rest[2][1]
+    total = 4 * weight.numel() if needs_weight and weight.dtype.itemsize < 4 else 0
+    return total + _chunk_bytes(on_cpu, hidden.shape[0], hidden, weight.shape[0])
+
+
+def _attention(on_cpu: bool, q: Tensor, k: Tensor, v: Tensor, _sinks: Any, *ranges_and_options: Any) -> int:
+    """On the CPU the prompt's keys and values, laid out for products."""
+    if not on_cpu:
+        return 0
+    if not _native_attention(q):
+        return 4 * q.numel()  # queries with the heads that share keys side by side
+    length = ranges_and_options[3]
+    return 4 * math.prod(k.shape[:2]) * _padded(length) * (_padded(k.shape[3]) + _padded(v.shape[3]))
+
+
+def _attention_backward(
+    on_cpu: bool, _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, *rest: Any
+) -> int:
+    """The same with the keys twice, and their gradients by parts; on a GPU one float32 per row and head."""
+    if not on_cpu:
+        return 4 * math.prod(q.shape[:3])
+    if not _native_attention(q):
+        return 4 * 4 * q.numel()  # of queries, outputs and their gradients
+    length, heads, keys, values = rest[3], math.prod(k.shape[:2]), _padded(k.shape[3]), _padded(v.shape[3])
+    parts = max(1, _PARTS // heads)
+    return 4 * heads * (_padded(length) * (2 * keys + values) + parts * length * (keys + values))
+
+
+def _native_attention(q: Tensor) -> bool:
+    return select_impl("strided_attention", "cpu", q.dtype) == "native"
+
+
+def _padded(size: int) -> int:
+    return -(-size // _PANEL) * _PANEL
+
+
+# Of the compiled attention: sizes are multiples of the first, the prompt's keys have about so many sums of gradients.
+_PANEL, _PARTS = 32, 16
+# Op -> what it holds besides its inputs and outputs, in bytes, from whether it runs on a CPU and its arguments.
+_OP_WORKSPACE: dict[str, Callable[..., int]] = {
+    "linear_log_probs": _log_probs,
+    "linear_log_probs_backward": _log_probs_backward,
+    "strided_attention": _attention,
+    "strided_attention_step": _attention,
+    "strided_attention_backward": _attention_backward,
+}

@@ -1,0 +1,197 @@
+"""What a run tells while it runs: a line of JSON for everything that is logged, and a warning when rewards collapse."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+LOG_FILE = "log.jsonl"
+
+#: Log lines in a row that must be bad before there is a warning of a collapse.
+WINDOW = 5
+#: Spread of rewards that is rounding beside rewards of order 1.
+NO_SPREAD = 1e-4
+#: Of the rollouts that can be duplicates: all of an anchor but its first.
+MOSTLY_DUPLICATES = 0.9
+
+_ADVICE = "raise temperature or diversity_coef, lower learning_rate, or go on from an earlier checkpoint"
+
+logger = logging.getLogger(__name__)
+
+
+class Warned(NamedTuple):
+    """One warning: the optimizer step of the log line that gave rise to it, what it means and what to do."""
+
+    step: int
+    text: str
+
+
+class _Rule(NamedTuple):
+    """A metric, when a value of it is bad given the number of samples, after how many lines in a row, the warning."""
+
+    metric: str
+    is_bad: Callable[[float, int], bool]
+    lines: int
+    text: str
+
+
+def _same_rewards(metric: str, whose: str) -> _Rule:
+    return _Rule(
+        metric,
+        lambda value, samples: samples > 1 and value < NO_SPREAD,
+        WINDOW,
+        f"rewards have collapsed: {metric} {{:.2g}}, below {NO_SPREAD:g} in {WINDOW} log lines in a row: the rollouts "
+        f"of an anchor all get the same reward{whose}, and its term of the loss has no gradient; {_ADVICE}",
+    )
+
+
+_RULES = (
+    _same_rewards("reward_std", ""),
+    _same_rewards("verifier_reward_std", " from the verifier"),
+    _Rule(
+        "duplicate_rate",
+        lambda value, samples: samples > 1 and value > MOSTLY_DUPLICATES * (samples - 1) / samples,
+        WINDOW,
+        f"rollouts have collapsed: duplicate_rate {{:.2f}}, near its largest value in {WINDOW} log lines in a row: "
+        f"almost every rollout repeats another one of its anchor, and there is nothing to compare; {_ADVICE}",
+    ),
+    _Rule(
+        "nonfinite_steps",
+        lambda value, _samples: value > 0,
+        1,
+        "{:.0f} steps since the last line had a loss or gradient that is not finite and were skipped: the weights are "
+        "those before them; lower learning_rate if there are more",
+    ),
+)
+
+
+class Watch:
+    """Looks at log lines as they come and warns once of each thing.
+
+    Args:
+        samples: rollouts per anchor.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self._bad_lines = [0] * len(_RULES)
+
+    def look(self, line: dict[str, Any]) -> Iterator[Warned]:
+        """The warnings that ``line``, a dict of metrics with ``step``, gives; None stands for NaN."""
+        for number, rule in enumerate(_RULES):
+            if rule.metric not in line:
+                continue
+            value = math.nan if line[rule.metric] is None else float(line[rule.metric])
+            self._bad_lines[number] = self._bad_lines[number] + 1 if rule.is_bad(value, self._samples) else 0
+            if self._bad_lines[number] == rule.lines:
+                yield Warned(line["step"], rule.text.format(value))
+
+
+def warnings_of(history: Sequence[dict[str, Any]], samples: int) -> list[Warned]:
+    """All warnings that a run's log lines give."""
+    watch = Watch(samples)
+    return [warned for line in history for warned in watch.look(line)]
+
+
+class CollapseWarning(TrainerCallback):
+    """Warns, in the log of the main process, when rewards or rollouts have collapsed or steps were skipped."""
+
+    def __init__(self) -> None:
+        self._watch: Watch | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Look at the line."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        self._watch = self._watch or Watch(args.samples)
+        for warned in self._watch.look({**logs, "step": state.global_step}):
+            logger.warning("step %d: %s", *warned)
+
+
+class JsonlLog(TrainerCallback):
+    """Writes everything that the trainer logs to a file, one JSON object per line, at once.
+
+    Each line has ``step``. A number that is not finite, which JSON does not know, becomes null. When a run is resumed,
+    lines after the step that it goes on from, and half a line at the end, are cut off; a run that starts anew begins an
+    empty file. Only the main process writes.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
+        self._own_lines: list[str] = []  # of this process, before training begins
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Cut the file to what belongs to this run."""
+        if not state.is_world_process_zero:
+            return
+        kept = self._own_lines
+        if state.global_step:
+            kept = [json.dumps(line) for line in read_log(self._path) if line["step"] <= state.global_step]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Append the line."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        line = json.dumps({"step": state.global_step, **{name: _finite(value) for name, value in logs.items()}})
+        if not state.global_step:
+            self._own_lines.append(line)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `JsonlLog`, without half a line at the end; none if there is no file.
+
+    Raises:
+        ValueError: another line is not a JSON object with ``step``.
+    """
+    if not path.is_file():
+        return []
+    lines = []
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            parsed = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number}: expected a JSON object, got {line[:40]!r}: {error}") from None
+        if not isinstance(parsed, dict) or "step" not in parsed:
+            raise ValueError(f"{path}: line {number}: expected a JSON object with 'step', got {line[:40]!r}")
+        lines.append(parsed)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def gradient_norms(terms: dict[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """L2 norm of each term's gradient, by one more backward pass for each; the graph and ``.grad`` stay as they are.
+
+    Args:
+        terms: scalars by name.
+        parameters: that the gradients are taken of.
+    """
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        norms[f"grad_norm/{name}"] = torch.stack(
+            [torch.linalg.vector_norm(x, dtype=torch.float32) for x in gradients if x is not None]
+        ).norm()
+    return norms

@@ -1,0 +1,299 @@
+"""`ebft-train report`: runs side by side in one HTML page that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from .charts import COLORS, legend, line_chart, number_text, stacked_bars
+from .monitor import LOG_FILE, Warned, read_log, warnings_of
+from .results import RESULT_FILE, RUN_FILE, seconds_per_step
+
+STATE_FILE = "trainer_state.json"
+
+#: Heading -> which metrics stand under it, the first that matches.
+SECTIONS = {
+    "Held-out text": r"eval_",
+    "Optimization": r"loss|grad_norm|learning_rate|nonfinite_steps",
+    "Speed": r"seconds/|tokens",
+    "Rollouts": r"",
+}
+_NO_CURVE = re.compile(r"(step|epoch|total_flos|train_\w+|.*_h\d+|eval_(loss|runtime|samples_per_second))$")
+_HORIZON = re.compile(r"eval_(.*)_h(\d+)$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of one run.
+
+    Attributes:
+        name: of its folder, as short as the runs can still be told apart.
+        settings: option -> value.
+        history: log lines, as of `transformers.TrainerState.log_history`; not finite numbers are NaN.
+        warnings: what `warnings_of` says of them.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    history: list[dict[str, float]]
+    warnings: list[Warned]
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(step, value) of every log line that has the metric."""
+        return [(line["step"], line[metric]) for line in self.history if metric in line]
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """The log lines of evaluations."""
+        return [line for line in self.history if "eval_cross_entropy" in line]
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folders that `ebft-train train` wrote")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="(report.html)")
+
+
+def prepare_report(arguments: argparse.Namespace) -> Callable[[], None]:
+    """Read the runs; the returned function writes the page."""
+    if arguments.output.is_dir():
+        raise ValueError(f"output: expected a file, got the folder {str(arguments.output)!r}")
+    page = report_page(read_runs(arguments.runs))
+
+    def work() -> None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(page, encoding="utf-8")
+        print(f"report: {arguments.output}")
+
+    return work
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Runs from their folders, finished, under way or broken off.
+
+    The log is that of `log.jsonl`, else of `results.json`, else of the newest checkpoint.
+
+    Raises:
+        ValueError: a folder is given twice, does not exist or holds no log; a file in it is broken.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"runs: expected each folder once, got {', '.join(map(str, folders))}")
+    return [_read_run(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    depth = 1
+    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
+        depth += 1
+    return ["/".join(folder.parts[-depth:]) for folder in folders]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    history = _history(folder)
+    if not history:
+        raise ValueError(
+            f"runs: expected a folder with a log ({LOG_FILE}, {RESULT_FILE} or a checkpoint), got {str(folder)!r}"
+        )
+    settings = _flat(_read_json(folder / RUN_FILE)) if (folder / RUN_FILE).is_file() else {}
+    history = [{key: math.nan if value is None else value for key, value in line.items()} for line in history]
+    return Run(name, settings, history, warnings_of(history, settings.get("options.samples", 2)))
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    if history := read_log(folder / LOG_FILE):
+        return history
+    if (folder / RESULT_FILE).is_file():
+        return _read_json(folder / RESULT_FILE).get("log", [])
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    state = Path(checkpoint or folder) / STATE_FILE
+    return _read_json(state).get("log_history", []) if state.is_file() else []
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"runs: {path}: expected JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"runs: {path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for name, value in settings.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def report_page(runs: Sequence[Run]) -> str:
+    """The whole page."""
+    sections = [
+        f"<h1>{len(runs)} run{'s' * (len(runs) > 1)}</h1>",
+        legend([run.name for run in runs]),
+        _warnings(runs),
+        _settings(runs),
+        _evaluations(runs),
+        *_curves(runs),
+        _seconds(runs),
+    ]
+    names = ", ".join(run.name for run in runs)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>ebft-train: {escape(names)}</title><style>{_style()}</style></head>\n<body><main>\n"
+        + "\n".join(sections)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _warnings(runs: Sequence[Run]) -> str:
+    items = [
+        f"<li><b>{escape(run.name)}</b>, step {warned.step}: {escape(warned.text)}</li>"
+        for run in runs
+        for warned in run.warnings
+    ]
+    if not items:
+        return "<p>No warnings: no collapse of rewards or rollouts, no step skipped.</p>"
+    return f'<section class="warnings" aria-label="Warnings"><h2>Warnings</h2><ul>{"".join(items)}</ul></section>'
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = []
+    for name in names:
+        values = [run.settings.get(name, "") for run in runs]
+        if any(value != values[0] for value in values):
+            rows.append([name, *(_setting_text(value) for value in values)])
+    if not rows:
+        return "" if len(runs) == 1 else "<h2>Options that differ</h2><p>None.</p>"
+    return "<h2>Options that differ</h2>" + _table(["option", *(run.name for run in runs)], rows)
+
+
+def _setting_text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _evaluations(runs: Sequence[Run]) -> str:
+    found = [run.evaluations() for run in runs]
+    names = dict.fromkeys(name for lines in found if lines for name in lines[-1] if name.startswith("eval_"))
+    rows = []
+    for name in names:
+        if not _NO_CURVE.match(name):
+            cells = [" &rarr; ".join(dict.fromkeys(_ends(name, lines))) for lines in found]
+            rows.append([name.removeprefix("eval_"), *cells])
+    if not rows:
+        return ""
+    caption = "<h2>Evaluation, first &rarr; last</h2>"
+    return caption + _table(["held-out text", *(run.name for run in runs)], rows, escaped=True)
+
+
+def _ends(name: str, lines: Sequence[dict[str, float]]) -> Iterator[str]:
+    values = [line[name] for line in lines if name in line]
+    yield from (number_text(value) for value in (values[:1] + values[-1:]))
+
+
+def _curves(runs: Sequence[Run]) -> Iterator[str]:
+    metrics = dict.fromkeys(name for run in runs for line in run.history for name in line)
+    metrics = [name for name in metrics if not _NO_CURVE.match(name)]
+    for heading, pattern in SECTIONS.items():
+        chosen = [name for name in metrics if re.match(pattern, name)]
+        metrics = [name for name in metrics if name not in chosen]
+        charts = [line_chart(name.removeprefix("eval_"), "step", _by_run(runs, name)) for name in chosen]
+        if heading == "Held-out text":
+            charts += _by_horizon(runs)
+        if charts:
+            yield f'<h2>{heading}</h2><div class="charts">{"".join(charts)}</div>'
+
+
+def _by_run(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, float]]]:
+    return {run.name: run.curve(metric) for run in runs}
+
+
+def _by_horizon(runs: Sequence[Run]) -> Iterator[str]:
+    """One chart per metric of the last evaluation that is measured for every horizon."""
+    last = {run.name: (run.evaluations() or [{}])[-1] for run in runs}
+    found = [match for line in last.values() for match in map(_HORIZON.match, line) if match]
+    for metric in dict.fromkeys(match[1] for match in found):
+        curves = {
+            name: [(int(m[2]), line[m[0]]) for m in map(_HORIZON.match, line) if m and m[1] == metric]
+            for name, line in last.items()
+        }
+        yield line_chart(f"{metric} by horizon, last evaluation", "tokens of the rollout", curves)
+
+
+def _seconds(runs: Sequence[Run]) -> str:
+    bars = {run.name: seconds for run in runs if (seconds := seconds_per_step(run.history))}
+    if not bars:
+        return ""
+    parts = {name: {kind: x for kind, x in seconds.items() if kind != "step"} for name, seconds in bars.items()}
+    kinds = dict.fromkeys(kind for seconds in bars.values() for kind in seconds)
+    rows = [
+        [kind, *(number_text(bars[run.name][kind]) if kind in bars.get(run.name, {}) else "" for run in runs)]
+        for kind in kinds
+    ]
+    chart = stacked_bars("mean of all logged steps", parts, "s")
+    return f'<h2>Seconds per optimizer step</h2><div class="charts">{chart}</div>' + _table(
+        ["phase", *(run.name for run in runs)], rows
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escaped: bool = False) -> str:
+    """A table whose first column names the rows; cells after it are HTML already if ``escaped``."""
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>'
+        + "".join(f"<td>{cell if escaped else escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for first, *cells in rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+_LIGHT = ("#0b63b0", "#c2410c", "#0f7b4f", "#8a3ab9", "#8d6708", "#be185d", "#0e7490", "#525252")
+_DARK = ("#6cb2f5", "#fb923c", "#4ade80", "#c793f0", "#facc15", "#f472b6", "#22d3ee", "#bdbdbd")
+
+
+def _style() -> str:
+    def colors(values: Sequence[str]) -> str:
+        return "".join(f"--c{number}:{value};" for number, value in enumerate(values))
+
+    classes = "".join(f".c{n}{{stroke:var(--c{n});fill:var(--c{n})}}" for n in range(COLORS))
+    return (
+        f":root{{color-scheme:light dark;--paper:#fff;--ink:#1c1c1c;--soft:#5c5c5c;--rule:#d9d9d9;--warn:#fff4e5;"
+        f"{colors(_LIGHT)}}}"
+        f"@media (prefers-color-scheme:dark){{:root{{--paper:#17181a;--ink:#ececec;--soft:#a8a8a8;--rule:#3a3c40;"
+        f"--warn:#3a2a12;{colors(_DARK)}}}}}" + _RULES + classes
+    )
+
+
+_RULES = """
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.45 system-ui,sans-serif}
+main{max-width:1340px;margin:0 auto;padding:1rem 1.5rem 3rem}
+h1{font-size:1.5rem;margin:.3em 0}h2{font-size:1.15rem;margin:1.8em 0 .5em}
+.legend{display:flex;flex-wrap:wrap;gap:.3em 1.4em;margin:.4em 0}.key{display:inline-flex;align-items:center;gap:.5em}
+.key line{stroke-width:3}
+main>.legend{position:sticky;top:0;background:var(--paper);padding:.4em 0;border-bottom:1px solid var(--rule);z-index:1}
+.warnings{background:var(--warn);border-left:4px solid var(--c1);padding:.1em 1em .6em;margin:1em 0}
+.warnings h2{margin:.5em 0 0}.warnings ul{margin:.4em 0;padding-left:1.2em}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.25em .9em;border-bottom:1px solid var(--rule);text-align:right}
+th:first-child{text-align:left;font-weight:400}thead th{font-weight:600!important}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,390px),1fr));gap:1rem 1.4rem}
+figure{margin:0}figcaption{font-weight:600;font-size:.9rem}
+svg.chart{width:100%;height:auto;display:block;overflow:visible}
+svg text{font-size:11px;fill:var(--soft);stroke:none}svg .axis{text-anchor:middle}svg .y{text-anchor:end}
+svg .grid{stroke:var(--rule);stroke-width:1}
+polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+circle{stroke:none}.many circle{opacity:0}.many circle:hover{opacity:1}.few circle:hover{r:6px}
+rect{stroke:none!important}
+"""
