@@ -34,7 +34,7 @@ def in_reference_order(layout: StridedLayout, x: Tensor) -> Tensor:
     return layout.to_reference_order(x.transpose(1, 2)).transpose(1, 2)
 
 
-def test_three_times_faster_than_dense_attention():
+def test_four_times_faster_than_dense_attention():
     layout = StridedLayout.strided(1, 1024, context=8, stride=8, horizon=8, samples=4)
     packed = [x.requires_grad_() for x in attention_inputs(layout, heads=8, kv_heads=8, head_dim=64)]
     dense = [in_reference_order(layout, x.detach()).contiguous().requires_grad_() for x in packed]
@@ -52,4 +52,4 @@ def test_three_times_faster_than_dense_attention():
     )
     difference = (in_reference_order(layout, results["ours"]) - results["theirs"]).abs().max()
     assert difference < 100 * torch.finfo(torch.float32).eps  # the same numbers, or the times would mean nothing
-    assert theirs > 3 * ours
+    assert theirs > 4 * ours
