@@ -72,8 +72,8 @@ void check_ranges(const Attention& x) {
   }
 }
 
-// Heads and tiles are few; the sums over rows that a head's keys need are split so that all threads have some. The split
-// depends on the sizes alone.
+// Heads are few; the sums over rows that a head's keys need are split so that all threads have some. The split depends
+// on the sizes alone.
 int64_t parts_of_head(int64_t heads, int64_t tiles) {
   const int64_t enough = 16;
   return std::clamp<int64_t>(enough / std::max<int64_t>(heads, 1), 1, std::max<int64_t>(tiles, 1));

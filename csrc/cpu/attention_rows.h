@@ -1,5 +1,5 @@
-// The attention of a tile of query rows: blocks of keys, one after the other, by products of small matrices. Included as
-// vector.h is.
+// The attention of a tile of query rows: blocks of keys, one after the other, by products of small matrices. Included
+// as vector.h is.
 //
 // Forward, for each block: scores = q k^T; with the largest score of each row so far, weights = exp(score - largest);
 // the outputs and sums so far are brought to the new largest score, and weights v is added. Backward, with the final
@@ -89,8 +89,8 @@ EBFT_INLINE void see(Row& row, int64_t from, int64_t to, int64_t key, int64_t co
   row.seen_end = int(larger(row.seen_begin, smaller(count, to - key)));
 }
 
-// Calls visit(keys, key, count, first row, rows) for the blocks of the prompt's keys, `together` rows at a time and only
-// with keys that one of them sees.
+// Calls visit(keys, key, count, first row, rows) for the blocks of the prompt's keys, `together` rows at a time and
+// only with keys that one of them sees.
 template <bool Backward, class S, class Visit>
 static void for_each_block_of_prompt(Block<S>& block, int64_t together, const Visit& visit) {
   const Attention& x = block.attention;

@@ -2,6 +2,7 @@
 // instruction set and width, at addresses that are aligned to elements only. Compares with plain loops on the way.
 
 #include "../../csrc/core/half.h"
+#include "../../csrc/cpu/attention.h"
 #include "../../csrc/cpu/layout.h"
 #include "../../csrc/cpu/matching.h"
 #include "../../csrc/cpu/pooling.h"
@@ -10,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <tuple>
 #include <vector>
 
 using namespace ebft;
@@ -191,7 +193,128 @@ void run_layout() {
   }
 }
 
+// A packed row of two samples at each of two anchors, with a window: what every row sees.
+struct Ranges {
+  static constexpr int64_t prompt = 21, horizon = 3, packed = prompt + 4 * horizon;
+  std::vector<int32_t> prefix_start, prefix_end, own_start;
+
+  Ranges() : prefix_start(packed), prefix_end(packed), own_start(packed) {
+    for (int32_t row = 0; row < packed; ++row) {
+      const int32_t step = (row - int32_t(prompt)) % int32_t(horizon), end = row < prompt + 2 * horizon ? 0 : 18;
+      const bool in_prompt = row < prompt;
+      prefix_end[row] = in_prompt ? row + 1 : end;
+      prefix_start[row] = in_prompt && row > 9 ? row - 9 : end / 3;
+      own_start[row] = in_prompt ? row + 1 : row - step;
+    }
+  }
+  bool sees(int64_t row, int64_t key) const {
+    return (key >= prefix_start[row] && key < prefix_end[row]) || (key >= own_start[row] && key <= row);
+  }
+};
+
+// Attention and its gradients for the output's gradient `grad` against plain loops over all pairs.
+template <class T, class Result>
+void run_attention(cpu::Isa isa, cpu::Dtype dtype, int64_t kv_heads, int64_t repeat, int64_t size, int64_t value_size) {
+  const Ranges ranges;
+  const int64_t heads = kv_heads * repeat, rows = ranges.packed, steps = 4;
+  const double tolerance = sizeof(T) == 8 ? 1e-12 : sizeof(T) == 4 ? 2e-5 : 0.05, scale = 0.7, softcap = 2.5;
+  Buffer<T> q(heads * rows * size), k(kv_heads * rows * size), v(kv_heads * rows * value_size);
+  Buffer<T> out(heads * rows * value_size), grad(heads * rows * value_size), of_step(heads * steps * value_size);
+  Buffer<T> grad_q(heads * rows * size), grad_k(kv_heads * rows * size), grad_v(kv_heads * rows * value_size);
+  Buffer<T> step_q(heads * steps * size);
+  Buffer<Result> lse(heads * rows);
+  Buffer<double> sinks(heads);
+  for (Buffer<T>* x : {&q, &k, &v, &grad}) x->fill_randomly();
+  sinks.fill_randomly();
+  const auto tensor = [](Buffer<T>& x, int64_t count, int64_t width) {
+    return cpu::Heads{x.data(), 0, int64_t(sizeof(T)) * count * width, int64_t(sizeof(T)) * width};
+  };
+  cpu::Attention x = {1, kv_heads, repeat, rows, 0, 1, rows, ranges.prompt, ranges.horizon, size, value_size,
+                      tensor(q, rows, size), tensor(k, rows, size), tensor(v, rows, value_size),
+                      ranges.prefix_start.data(), ranges.prefix_end.data(), ranges.own_start.data(), false, scale,
+                      softcap, sinks.data()};
+  cpu::strided_attention({isa, 2}, dtype, x, tensor(out, rows, value_size), lse.data());
+  cpu::strided_attention_backward({isa, 2}, dtype, x, tensor(out, rows, value_size), lse.data(),
+                                  tensor(grad, rows, value_size), tensor(grad_q, rows, size),
+                                  tensor(grad_k, rows, size), tensor(grad_v, rows, value_size));
+  std::vector<double> to_k(kv_heads * rows * size), to_v(kv_heads * rows * value_size);
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t shared = h / repeat * rows;
+    for (int64_t i = 0; i < rows; ++i) {
+      std::vector<double> weight(rows), slope(rows), result(value_size), to_q(size);
+      double total = std::exp(sinks[h]), along = 0;
+      for (int64_t key = 0; key < rows; ++key) {
+        if (!ranges.sees(i, key)) continue;
+        double product = 0;
+        for (int64_t d = 0; d < size; ++d) {
+          product += to_double(q[(h * rows + i) * size + d]) * to_double(k[(shared + key) * size + d]);
+        }
+        const double bounded = std::tanh(scale * product / softcap);
+        slope[key] = 1 - bounded * bounded;
+        total += weight[key] = std::exp(softcap * bounded);
+      }
+      for (int64_t key = 0; key < rows; ++key) {
+        weight[key] /= total;
+        for (int64_t d = 0; d < value_size; ++d) {
+          result[d] += weight[key] * to_double(v[(shared + key) * value_size + d]);
+          to_v[(shared + key) * value_size + d] += weight[key] * to_double(grad[(h * rows + i) * value_size + d]);
+        }
+      }
+      for (int64_t d = 0; d < value_size; ++d) {
+        along += result[d] * to_double(grad[(h * rows + i) * value_size + d]);
+        check(std::fabs(to_double(out[(h * rows + i) * value_size + d]) - result[d]) <= tolerance, "attention");
+      }
+      for (int64_t key = 0; key < rows; ++key) {
+        double product = -along;
+        for (int64_t d = 0; d < value_size; ++d) {
+          product += to_double(grad[(h * rows + i) * value_size + d]) * to_double(v[(shared + key) * value_size + d]);
+        }
+        const double of_score = weight[key] * product * slope[key] * scale;
+        for (int64_t d = 0; d < size; ++d) {
+          to_q[d] += of_score * to_double(k[(shared + key) * size + d]);
+          to_k[(shared + key) * size + d] += of_score * to_double(q[(h * rows + i) * size + d]);
+        }
+      }
+      for (int64_t d = 0; d < size; ++d) {
+        check(std::fabs(to_double(grad_q[(h * rows + i) * size + d]) - to_q[d]) <= tolerance, "the gradient of q");
+      }
+    }
+  }
+  for (int64_t i = 0; i < kv_heads * rows * size; ++i) {
+    check(std::fabs(to_double(grad_k[i]) - to_k[i]) <= 4 * tolerance, "the gradient of k");
+  }
+  for (int64_t i = 0; i < kv_heads * rows * value_size; ++i) {
+    check(std::fabs(to_double(grad_v[i]) - to_v[i]) <= 4 * tolerance, "the gradient of v");
+  }
+  // The second step of every rollout, whose later tokens do not exist yet.
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t r = 0; r < steps; ++r) {
+      for (int64_t d = 0; d < size; ++d) {
+        step_q[(h * steps + r) * size + d] = q[(h * rows + ranges.prompt + r * ranges.horizon + 1) * size + d];
+      }
+    }
+  }
+  x.rows = steps, x.first = ranges.prompt + 1, x.spacing = ranges.horizon, x.q = tensor(step_q, steps, size);
+  cpu::strided_attention({isa, 2}, dtype, x, tensor(of_step, steps, value_size), nullptr);
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t r = 0; r < steps; ++r) {
+      for (int64_t d = 0; d < value_size; ++d) {
+        const int64_t row = ranges.prompt + r * ranges.horizon + 1;
+        const double expected = to_double(out[(h * rows + row) * value_size + d]);
+        check(std::fabs(to_double(of_step[(h * steps + r) * value_size + d]) - expected) <= tolerance, "one step");
+      }
+    }
+  }
+}
+
 void run_all(cpu::Isa isa) {
+  for (const auto& [kv_heads, repeat, size, value_size] :
+       {std::tuple{1, 1, 1, 3}, {2, 3, 17, 8}, {1, 2, 40, 33}, {1, 70, 3, 5}}) {
+    run_attention<double, double>(isa, cpu::Dtype::float64, kv_heads, repeat, size, value_size);
+    run_attention<float, float>(isa, cpu::Dtype::float32, kv_heads, repeat, size, value_size);
+    run_attention<BFloat16, float>(isa, cpu::Dtype::bfloat16, kv_heads, repeat, size, value_size);
+    run_attention<Float16, float>(isa, cpu::Dtype::float16, kv_heads, repeat, size, value_size);
+  }
   for (const int64_t channels : {1, 3, 8, 17, 70}) {
     run_pooling<double, double>(isa, cpu::Dtype::float64, channels);
     run_pooling<float, float>(isa, cpu::Dtype::float32, channels);
