@@ -23,7 +23,7 @@ def test_the_defaults_are_those_of_the_authors():
 def test_the_config_adds_fields_to_training_arguments_and_changes_four_defaults(tmp_path):
     config, plain = EBFTConfig(output_dir=str(tmp_path)), TrainingArguments(output_dir=str(tmp_path))
     added = {f.name for f in fields(EBFTConfig)} - {f.name for f in fields(TrainingArguments)}
-    assert added == {f.name for f in fields(EBFTOptions)} | {"eval_rows", "eval_seed"}
+    assert added == {f.name for f in fields(EBFTOptions)} | {"eval_rows", "eval_seed", "grad_norm_terms"}
     changed = {f.name for f in fields(plain) if getattr(config, f.name) != getattr(plain, f.name)}
     changed -= {"logging_dir", "accelerator_config"}
     assert changed == {"learning_rate", "remove_unused_columns", "logging_steps", "logging_nan_inf_filter"}

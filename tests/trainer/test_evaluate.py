@@ -120,6 +120,27 @@ def test_only_completions_are_scored(plain):
 
 
 def test_sums_of_several_batches_give_the_mean_over_all_anchors_and_tokens():
-    parts = torch.tensor([[6.0, 2.0, 1.0, 3.0, 5.0], [10.0, 6.0, 3.0, 1.0, 3.0]])
+    parts = torch.tensor([[6.0, 2.0, 1.0, 4.0, 3.0, 5.0], [10.0, 6.0, 3.0, 2.0, 1.0, 3.0]])
     metrics = evaluation_metrics(parts.sum(0), 1)
     assert (metrics["cross_entropy"], metrics["feature_matching_loss"], metrics["alignment"]) == (2.0, 1.0, 2.0)
+    assert (metrics["rollout_entropy"], metrics["entropy_gap"]) == (1.5, -0.5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rollout_entropy_is_that_of_the_plain_model(plain, masked):
+    options = EBFTOptions(**GEOMETRY)
+    model = plain.build().eval()
+    rows = random_rows(17, 12)
+    if masked:
+        rows[0]["completion_mask"] = [0] * 6 + [1] * 4 + [0] * 2 + [1] * 5
+    batch = EBFTCollator(options)(rows)
+    layout, prompt, mask = batch["layout"], batch["input_ids"], batch.get("completion_mask")
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    sums = evaluation_sums(model, FeatureNetwork(model, [1]), batch, options, generator=generators[0])
+    rollouts, _ = sample_rollouts(model, prompt, layout, temperature=0.6, generator=generators[1])
+    log_probs = plain.rollout_log_probs(model, prompt, rollouts, layout, temperature=0.6)
+    counted = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
+    counted = layout.windows(counted) & layout.valid[:, :, None]
+    per_anchor = [-(log_probs[b, a][:, counted[b, a]]).mean() for b, a in counted.any(-1).nonzero().tolist()]
+    expected = torch.stack(per_anchor).mean().item()
+    assert evaluation_metrics(sums, 3)["rollout_entropy"] == pytest.approx(expected, rel=1e-4)
