@@ -212,7 +212,10 @@ def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: J
         if job.scores_prompt:
             scored.append(hidden[:, : layout.length - 1])
         del hidden
-        loss = sum(linear_log_probs(x, head, torch.zeros_like(x[..., 0], dtype=torch.int64)).mean() for x in scored)
+        options = {"softcap": _softcap(model)}
+        loss = sum(
+            linear_log_probs(x, head, torch.zeros_like(x[..., 0], dtype=torch.int64), **options).mean() for x in scored
+        )
         del scored
     saved = ledger.held - before
     hooks = [x.register_post_accumulate_grad_hook(lambda x: ledger.tag(GRADIENTS, x.grad)) for x in trained]
@@ -224,6 +227,13 @@ def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: J
         hook.remove()
     model.zero_grad(set_to_none=True)
     return saved
+
+
+def _softcap(model: nn.Module) -> float | None:
+    """Bound of the logits; `output_head` checks it against the model's own logits, which have no values here."""
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+    return next((value for value in found if value), None)
 
 
 class _Ledger(TorchDispatchMode):
@@ -318,10 +328,14 @@ def _log_probs(on_cpu: bool, hidden: Tensor, weight: Tensor, *_rest: Any) -> int
 
 
 def _log_probs_backward(on_cpu: bool, _grad: Tensor, _lse: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
-    """A chunk, and the weight's gradient where it is summed in another dtype than it is returned in."""
-    needs_weight = rest[2][1]
+    """A chunk, and the weight's gradient where it is summed in another dtype than it is returned in.
+
+    With a soft cap, its derivative at the chunk beside that at the chunk before.
+    """
+    needs_weight, softcap = rest[2][1], rest[4]
     total = 4 * weight.numel() if needs_weight and weight.dtype.itemsize < 4 else 0
-    return total + _chunk_bytes(on_cpu, hidden.shape[0], hidden, weight.shape[0])
+    chunk = _chunk_bytes(on_cpu, hidden.shape[0], hidden, weight.shape[0])
+    return total + (chunk if softcap is None else 3 * chunk)
 
 
 def _attention(on_cpu: bool, q: Tensor, k: Tensor, v: Tensor, _sinks: Any, *ranges_and_options: Any) -> int:

@@ -178,14 +178,14 @@ def test_sums_of_several_batches_give_the_mean_over_all_anchors_and_tokens():
 @pytest.mark.parametrize("masked", [False, True])
 def test_rollout_entropy_is_over_the_tokens_that_count(plain, ends, masked):
     options = EBFTOptions(**GEOMETRY, eos_token_ids=list(range(0, 61, 3)) if ends else [])
-    model = plain.build()
+    model = plain.build().eval()
     rows = random_rows(17, 12)
     if masked:
         rows[0]["completion_mask"] = [0] * 6 + [1] * 4 + [0] * 2 + [1] * 5
     batch = EBFTCollator(options)(rows)
     layout, mask, seed = batch["layout"], batch.get("completion_mask"), torch.Generator().manual_seed
     sums = evaluation_sums(model, FeatureNetwork(model, [2]), batch, options, generator=seed(3))
-    rollouts, log_probs = sample_rollouts(
+    rollouts, _ = sample_rollouts(
         model,
         batch["input_ids"],
         layout,
@@ -193,6 +193,9 @@ def test_rollout_entropy_is_over_the_tokens_that_count(plain, ends, masked):
         eos_token_ids=options.eos_token_ids,
         generator=seed(3),
     )
+    log_probs = plain.rollout_log_probs(
+        model, batch["input_ids"], rollouts, layout, temperature=options.temperature
+    ).detach()
     nats = tokens = 0.0
     for b, a, i in itertools.product(range(2), range(layout.num_anchors), range(3)):
         anchor = layout.anchors[b, a].item()
@@ -205,4 +208,4 @@ def test_rollout_entropy_is_over_the_tokens_that_count(plain, ends, masked):
                 nats -= log_probs[b, a, i, g].item() / sum(window)
                 tokens += 1 / sum(window)
     assert (tokens < 3 * sums[2].item()) == ends
-    assert evaluation_metrics(sums, 3)["rollout_entropy"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert evaluation_metrics(sums, 3)["rollout_entropy"] == pytest.approx(nats / tokens, rel=1e-4)
