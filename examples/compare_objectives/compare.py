@@ -96,7 +96,7 @@ SCALES = {
     "full": Settings(
         length=192,
         rows_per_step=4,
-        steps=40,
+        steps=60,
         learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
         seeds=(1, 2, 3),
         train_files=256,
