@@ -66,8 +66,9 @@ def main() -> None:
 def choice(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """Which implementation the library takes by itself, and why none that it would rather take."""
     chosen, (_, impls) = select_impl(op, device, dtype), OPS[op]
-    reasons = [f"not {x!r}: {why_not(x, device, dtype)}" for x in impls[: impls.index(chosen)]]
-    return f"{op}: impl='auto' takes {chosen!r}" + (f" ({'; '.join(reasons)})" if reasons else "")
+    reasons = {impl: why_not(op, impl, device, dtype) for impl in impls[: impls.index(chosen)]}
+    told = "; ".join(f"not {impl!r}: {reason}" for impl, reason in reasons.items() if reason)
+    return f"{op}: impl='auto' takes {chosen!r}" + (f" ({told})" if told else "")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from bench.__main__ import Gate, choice, compiling_anew, gate, measure
 from bench.problems import FLOOR, PROBLEMS, Contestant, errors
 from bench.report import markdown, plot, write_json
 from bench.shapes import Geometry, ModelShape, visible_pairs
-from ebft_kernels import StridedLayout
+from ebft_kernels import StridedLayout, _native
 
 MODEL = ModelShape("small", 24, 64, 4, 4, 2, 16, 97)
 GEOMETRY = Geometry(batch=2, length=44)
@@ -110,10 +110,11 @@ def test_the_gate_runs_everyone_once(monkeypatch):
     assert passed == Gate({"failing": "RuntimeError: no such kernel"}, {})
 
 
-def test_the_choice_says_why_not_another():
-    assert choice("strided_attention", CPU, torch.float64).startswith(
-        "strided_attention: impl='auto' takes 'torch' (not "
-    )
+def test_the_choice_says_why_not_another(monkeypatch):
+    monkeypatch.setattr(_native, "why_not", lambda _device_type: "not built")
+    said = choice("strided_attention", CPU, torch.float64)
+    assert said.startswith("strided_attention: impl='auto' takes 'torch' (not 'triton': it computes in ")
+    assert said.endswith("; not 'native': not built)")
     assert choice("linear_log_probs", CPU, torch.float32) == "linear_log_probs: impl='auto' takes 'torch'"
 
 
