@@ -40,8 +40,8 @@ class EBFTStep(NamedTuple):
             no gradient.
         match: feature-matching losses, rewards and advantages.
         metrics: scalar tensors without gradient, and Python floats; see :func:`ebft_step`.
-        verifier_reward: [B, A, n], what the verifier gave.
         terms: the loss's terms by name, with their coefficients and shares, each to be differentiated as the loss.
+        verifier_reward: [B, A, n], what the verifier gave.
     """
 
     loss: Tensor
@@ -49,8 +49,8 @@ class EBFTStep(NamedTuple):
     log_probs: Tensor | None
     match: FeatureMatching | None
     metrics: dict[str, Tensor | float]
+    terms: dict[str, Tensor]
     verifier_reward: Tensor | None = None
-    terms: dict[str, Tensor] = {}
 
 
 def ebft_step(
@@ -172,7 +172,7 @@ def ebft_step(
     metrics["log_prob_gap"] = drawn.mean((log_probs - drawn.log_probs).abs())
     metrics["tokens"] = float(layout.batch_size * layout.packed_length)
     clock.lap("policy")
-    return EBFTStep(sum(terms.values()), drawn.tokens, log_probs, match, metrics | clock.seconds, rewards, terms)
+    return EBFTStep(sum(terms.values()), drawn.tokens, log_probs, match, metrics | clock.seconds, terms, rewards)
 
 
 def _losses(
@@ -346,7 +346,7 @@ def _cross_entropy_step(
         "seconds/policy": perf_counter() - start,
     }
     terms = {"ce": config.ce_coef * shares[1] * ce_loss}
-    return EBFTStep(terms["ce"], None, None, None, metrics, terms=terms)
+    return EBFTStep(terms["ce"], None, None, None, metrics, terms)
 
 
 def _matching_metrics(match: FeatureMatching, drawn: _Drawn) -> dict[str, Tensor | float]:
