@@ -40,15 +40,6 @@ EBFT_FN RowGeometry row_geometry(const PackedSizes& sizes, int64_t row, const in
   return {end - start + step, start, end, int32_t(row - step)};
 }
 
-// What `row` sees of that through a sliding window: only keys less than `window` positions back.
-EBFT_FN RowGeometry within_window(RowGeometry seen, int64_t row, int64_t window) {
-  // Of a prompt row, prefix_end = own_start = row + 1; of step g of a rollout, row - own_start = g.
-  const int64_t start = seen.prefix_end + row - seen.own_start - window + 1, own_start = row - window + 1;
-  if (start > seen.prefix_start) seen.prefix_start = int32_t(start);
-  if (own_start > seen.own_start) seen.own_start = int32_t(own_start);
-  return seen;
-}
-
 // The end of the tokens of its own rollout that a row sees. `full`: the later ones too.
 EBFT_FN int64_t own_end(const PackedSizes& sizes, int64_t row, bool full) {
   return full && row >= sizes.prompt ? row + sizes.horizon - (row - sizes.prompt) % sizes.horizon : row + 1;

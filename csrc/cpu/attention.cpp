@@ -13,9 +13,10 @@ namespace {
 class Prompt {
  public:
   Prompt(const Execution& execution, Dtype dtype, const Attention& x, bool backward)
-      : x_(x), backward_(backward), bytes_(element_bytes(sum_dtype(dtype))), keys_(padded(x.size) * padded(x.length)),
+      : backward_(backward), bytes_(element_bytes(sum_dtype(dtype))), keys_(padded(x.size) * padded(x.length)),
         values_(padded(x.value_size) * padded(x.length)),
-        memory_(1, (backward ? 2 * keys_ + values_ : keys_ + values_) * x.batch * x.kv_heads * bytes_) {
+        head_((backward ? 2 * keys_ + values_ : keys_ + values_) * bytes_),
+        memory_(1, head_ * x.batch * x.kv_heads) {
     const Kernels& kernels = kernels_for(execution.isa, dtype);
     Scratch<char> buffers(execution.threads, padded(std::max(x.size, x.value_size)) * bytes_);
     for_each(x.batch * x.kv_heads, execution.threads, [&](int64_t head, int thread) {
@@ -25,19 +26,18 @@ class Prompt {
 
   // Of head b * Hkv + h.
   PromptKeys of(int64_t head) {
-    const int64_t stride = backward_ ? 2 * keys_ + values_ : keys_ + values_;
-    char* at = memory_.of(0) + head * stride * bytes_;
+    char* at = memory_.of(0) + head * head_;
     char *second = at + keys_ * bytes_, *third = second + keys_ * bytes_;
     if (backward_) return {at, second, third, nullptr};
     return {at, nullptr, nullptr, second};
   }
 
  private:
-  const Attention& x_;
   bool backward_;
-  int64_t bytes_;
-  int64_t keys_;
+  int64_t bytes_;   // of a sum
+  int64_t keys_;    // sums for the keys of one head
   int64_t values_;
+  int64_t head_;    // bytes for one head
   Scratch<char> memory_;
 };
 
