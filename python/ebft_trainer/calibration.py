@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from ebft_kernels import StridedLayout
 from ebft_kernels.integrations.transformers import OutputHead, apply_head
 
+from .rollout import rows_at_once
 from .scoring import scored_prompt_tokens
 
 #: Equal parts of the interval of probabilities.
 BINS = 15
-#: Logits held at once: 64 MB in float32.
-_CHUNK_NUMEL = 1 << 24
 
 
 @torch.no_grad()
@@ -45,7 +44,7 @@ def calibration_sums(
 def _bins(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
     """[3, BINS] of rows [T, C] and the tokens [T] that follow them."""
     sums = torch.zeros(3, BINS, device=hidden.device)
-    size = max(1, _CHUNK_NUMEL // head.weight.shape[0])
+    size = rows_at_once(head.weight.shape[0])
     for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
         logits = head.logits(rows).float()
         highest, predicted = logits.max(-1)

@@ -26,7 +26,7 @@ from ebft_kernels.logprob import _torch as log_probs_in_chunks
 
 from .config import EBFTOptions
 from .features import FeatureNetwork
-from .rollout import _CHUNK_NUMEL
+from .rollout import rows_at_once
 
 OBJECTIVES = ("ebft", "sft", "rlvr")
 WEIGHTS, FEATURE_NETWORK, GRADIENTS, OPTIMIZER = "weights", "feature network", "gradients", "optimizer states"
@@ -193,7 +193,7 @@ def _run_rollouts(ledger: _Ledger, model: nn.Module, layout: StridedLayout) -> N
 
 def _sampling_workspace(rows: int, head: Tensor) -> int:
     """Bytes for the logits of a chunk of rows, their probabilities and these once more in blocks."""
-    numbers = min(rows, max(1, _CHUNK_NUMEL // head.shape[0])) * head.shape[0]
+    numbers = min(rows, rows_at_once(head.shape[0])) * head.shape[0]
     cast = 0 if head.dtype.itemsize >= 4 else head.dtype.itemsize
     return numbers * (3 * max(4, head.dtype.itemsize) + cast)
 

@@ -135,6 +135,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def rows_at_once(vocabulary: int) -> int:
+    """Rows whose logits are held together."""
+    return max(1, _CHUNK_NUMEL // vocabulary)
+
+
 def _check_options(temperature: float, top_p: float, top_k: int) -> None:
     for name, value in (("temperature", temperature), ("top_p", top_p)):
         if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -160,7 +165,7 @@ def _draw_rows(
     device = rows.device if generator is None else generator.device
     # All at once, so that the chunk size changes no rollout; float64, so that improbable tokens keep their probability.
     uniform = torch.rand(rows.shape[0], draws, dtype=torch.float64, device=device, generator=generator).to(rows.device)
-    size = max(1, _CHUNK_NUMEL // head.weight.shape[0])
+    size = rows_at_once(head.weight.shape[0])
     ids, log_probs = [], []
     for part, numbers in zip(rows.split(size), uniform.split(size), strict=True):
         logits = head.logits(part)
