@@ -242,7 +242,8 @@ class EBFTTrainer(Trainer):
         micro_batch = micro_batch + 1 if step == self.state.global_step else 0
         self._step_and_micro_batch = (self.state.global_step, micro_batch)
         self._metrics.start(new_step=micro_batch == 0)
-        weights = _weights(inputs)
+        layout = layout.to(inputs["input_ids"].device)
+        weights = loss_weights(layout, inputs.get("completion_mask"))
         if num_items_in_batch is None:
             shares = torch.ones_like(weights)
         else:
@@ -251,7 +252,7 @@ class EBFTTrainer(Trainer):
             model,
             self.feature_network,
             inputs["input_ids"],
-            layout.to(inputs["input_ids"].device),
+            layout,
             self.args,
             token_mask=inputs.get("completion_mask"),
             generator=self._generator(self.args.seed, "train", self.state.global_step, micro_batch),
