@@ -29,7 +29,7 @@ from tables import report, update_document
 from tasks import TASKS, Task, build_task, parse_rate, real_parse_rate, training_files
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
-from ebft_trainer import EBFTConfig, EBFTTrainer, FeatureNetwork
+from ebft_trainer import EBFTConfig, EBFTOptions, EBFTTrainer, FeatureNetwork
 from ebft_trainer.config import device_arguments
 from ebft_trainer.demo_model import MODEL_FOLDER
 from ebft_trainer.demo_model.train_model import Recipe, build_model, encode, save, train_weights
@@ -84,7 +84,7 @@ SCALES = {
         length=96,
         rows_per_step=2,
         steps=16,
-        learning_rates=(3e-5, 2e-4, 1e-3),
+        learning_rates=(2e-5, 1e-4, 5e-4),
         seeds=(1, 2, 3),
         train_files=64,
         validation_rows=24,
@@ -96,8 +96,8 @@ SCALES = {
     "full": Settings(
         length=192,
         rows_per_step=4,
-        steps=60,
-        learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
+        steps=40,
+        learning_rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3),
         seeds=(1, 2, 3),
         train_files=256,
         validation_rows=48,
@@ -230,9 +230,10 @@ def run_cell(cell: Cell, workshop: Workshop) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     outcome: dict[str, Any] = {}
     if cell.stage != "base":
+        processor = time.process_time()
         trainer.train()
-        log = next(line for line in trainer.state.log_history if "seconds/step" in line)
-        outcome["seconds_per_step"] = log["seconds/step"]
+        outcome["cpu_seconds_per_step"] = (time.process_time() - processor) / settings.steps
+        log = next(line for line in trainer.state.log_history if "tokens" in line)
         outcome["tokens_per_step"] = PASSES[cell.objective] * log["tokens"]
     skipped = ("eval_loss", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
     metrics = {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items() if k not in skipped}
@@ -266,7 +267,7 @@ def _config(cell: Cell, settings: Settings) -> EBFTConfig:
 
 def objective_value(objective: str, metrics: dict[str, float]) -> float:
     """What an objective minimises, measured: the learning rate with the lowest value on validation is taken."""
-    options = EBFTConfig(output_dir=tempfile.gettempdir(), use_cpu=True, **OBJECTIVES[objective])
+    options = EBFTOptions(**OBJECTIVES[objective])
     return (
         options.rl_coef * metrics["feature_matching_loss"]
         - options.verifier_coef * metrics["verifier_reward"]
@@ -274,15 +275,12 @@ def objective_value(objective: str, metrics: dict[str, float]) -> float:
     )
 
 
-def chosen_learning_rate(results: Results, settings: Settings, task: str, start: str, objective: str) -> float | None:
-    """The best of the grid on validation; None while one is missing."""
-    values = {}
-    for cell in _selection(settings, task, start, objective):
-        line = results.find(cell)
-        if line is None:
-            return None
-        values[cell.learning_rate] = objective_value(objective, line["metrics"])
-    return min(values, key=values.__getitem__)
+def validation_values(
+    results: Results, settings: Settings, task: str, start: str, objective: str
+) -> dict[float, float]:
+    """`objective_value` for each learning rate of the grid whose run is finished."""
+    found = {cell.learning_rate: results.find(cell) for cell in _selection(settings, task, start, objective)}
+    return {rate: objective_value(objective, line["metrics"]) for rate, line in found.items() if line is not None}
 
 
 def _selection(settings: Settings, task: str, start: str, objective: str) -> Iterator[Cell]:
@@ -291,13 +289,17 @@ def _selection(settings: Settings, task: str, start: str, objective: str) -> Ite
 
 
 def cells(results: Results, settings: Settings, tasks: Iterable[str]) -> Iterator[Cell]:
-    """All cells in the order in which they are run; each objective's test follows its choice of a learning rate."""
+    """All cells in the order in which they are run, each to be finished before the next is asked for.
+
+    An objective's tests come after the runs that choose its learning rate.
+    """
     for task in tasks:
         for start in STARTS:
             yield Cell(stage="base", task=task, start=start)
             for objective in OBJECTIVES:
                 yield from _selection(settings, task, start, objective)
-                rate = chosen_learning_rate(results, settings, task, start, objective)
+                values = validation_values(results, settings, task, start, objective)
+                rate = min(values, key=values.__getitem__)
                 for seed in settings.seeds:
                     yield Cell(stage="test", task=task, start=start, objective=objective, learning_rate=rate, seed=seed)
 
@@ -333,18 +335,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.write and not options.report:
         parser.error("--write: expected together with --report")
+    if options.report and not (options.output / RESULTS).exists():
+        parser.error(f"OUTPUT: expected a folder with {RESULTS}, got {str(options.output)!r}")
     if not options.report:
         tasks = TASKS if options.task is None else (options.task,)
         run(options.output, options.scale, tasks=tasks, minutes=options.minutes)
         return
     settings, results = SCALES[options.scale], Results(options.output, options.scale)
-    rates = {
-        (task, start, objective): chosen_learning_rate(results, settings, task, start, objective)
+    validation = {
+        (task, start, objective): validation_values(results, settings, task, start, objective)
         for task in TASKS
         for start in STARTS
         for objective in OBJECTIVES
     }
-    text = report(results.lines, results.made_with, rates)
+    text = report(results.lines, results.made_with, validation)
     if options.write:
         update_document(options.write, options.scale, text)
     else:

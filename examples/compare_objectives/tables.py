@@ -17,18 +17,20 @@ _COLUMNS = {
     "verifier_reward": "verifier reward",
     "parse_rate": "parse rate",
 }
+_DECIMALS = {"perplexity": 1, "verifier_reward": 3, "parse_rate": 3}
 _JUDGED = {"cross_entropy": min, "feature_matching_loss": min, "verifier_reward": max, "parse_rate": max}
 _BLOCK = "<!-- results of: {scale} -->\n"
 _END = "<!-- end -->"
 
 Line = Mapping[str, Any]
-Rates = Mapping[tuple[str, str, str], "float | None"]
+# What each objective minimises, on validation, by learning rate; the key is (task, start, objective).
+Validation = Mapping[tuple[str, str, str], Mapping[float, float]]
 
 
-def report(lines: Sequence[Line], made_with: Mapping[str, Any], rates: Rates) -> str:
+def report(lines: Sequence[Line], made_with: Mapping[str, Any], validation: Validation) -> str:
     """Everything that is known from the finished cells; what is not finished is left out and counted."""
-    groups = list(dict.fromkeys((task, start) for task, start, _ in rates))
-    runs = {key: _runs(lines, key) for task, start in groups for key in _keys(task, start, rates)}
+    groups = list(dict.fromkeys((task, start) for task, start, _ in validation))
+    runs = {key: _runs(lines, key) for task, start in groups for key in _keys(task, start, validation)}
     versions = ", ".join(f"{name} {version}" for name, version in made_with["versions"].items())
     sizes = ", ".join(
         f"{name} {value}" for name, value in made_with.items() if name not in ("scale", "versions")
@@ -39,19 +41,19 @@ def report(lines: Sequence[Line], made_with: Mapping[str, Any], rates: Rates) ->
     parts = [
         f"Scale `{made_with['scale']}`: {sizes}. {versions}. {finished} of {wanted} evaluated runs and "
         f"{sum(line['cell']['stage'] == 'select' for line in lines)} runs to choose learning rates; "
-        f"{seconds / 60:.0f} minutes in all, {max((x['seconds'] for x in lines), default=0):.0f} s the longest."
+        f"{seconds / 60:.0f} minutes of all processes together."
     ]
     for task, start in groups:
-        own = {objective: runs[task, start, objective] for _, _, objective in _keys(task, start, rates)}
+        own = {objective: runs[task, start, objective] for _, _, objective in _keys(task, start, validation)}
         own = {objective: found for objective, found in own.items() if found}
         if own:
-            parts += [f"### {_TASKS[task]}, {start} start", *_group(own, task, start, rates, made_with)]
-    parts += ["### Best, and what cannot be told from it", _verdicts(runs, groups, rates)]
+            parts += [f"### {_TASKS[task]}, {start} start", *_group(own, task, start, validation, made_with)]
+    parts += ["### Best, and what cannot be told from it", _verdicts(runs, groups, validation)]
     return "\n\n".join(parts) + "\n"
 
 
-def _keys(task: str, start: str, rates: Rates) -> list[tuple[str, str, str]]:
-    return [(task, start, "base"), *(key for key in rates if key[:2] == (task, start))]
+def _keys(task: str, start: str, validation: Validation) -> list[tuple[str, str, str]]:
+    return [(task, start, "base"), *(key for key in validation if key[:2] == (task, start))]
 
 
 def _runs(lines: Sequence[Line], key: tuple[str, str, str]) -> list[Line]:
@@ -62,51 +64,57 @@ def _runs(lines: Sequence[Line], key: tuple[str, str, str]) -> list[Line]:
 
 
 def _group(
-    runs: Mapping[str, Sequence[Line]], task: str, start: str, rates: Rates, made_with: Mapping[str, Any]
+    runs: Mapping[str, Sequence[Line]], task: str, start: str, validation: Validation, made_with: Mapping[str, Any]
 ) -> Iterator[str]:
     """Tables of one task and start."""
-    grid = made_with["learning_rates"]
-    quality, horizons = (
-        [],
-        sorted(int(k[23:]) for k in runs["base"][0]["metrics"] if k.startswith("feature_matching_loss_h")),
-    )
+    grid, base = made_with["learning_rates"], runs["base"][0]["metrics"]
+    prefix = "feature_matching_loss_h"
+    horizons = sorted(int(name.removeprefix(prefix)) for name in base if name.startswith(prefix))
+    quality = []
     for objective, found in runs.items():
-        rate = rates.get((task, start, objective))
-        edge = "" if rate is None or min(grid) < rate < max(grid) else " (end of the grid)"
-        values = [_spread(_metric(found, name)) for name in _COLUMNS]
-        quality.append([objective, "-" if rate is None else f"{rate:g}{edge}", *values])
+        rate = found[0]["cell"]["learning_rate"]
+        edge = "" if min(grid) < rate < max(grid) else " (end of the grid)"
+        values = [_spread(_metric(found, name), _DECIMALS.get(name, 4)) for name in _COLUMNS]
+        quality.append([objective, f"{rate:g}{edge}" if rate else "-", *values])
     yield _table(["", "learning rate", *_COLUMNS.values()], quality)
-    yield f"Parse rate of the real text: {runs['base'][0]['metrics']['parse_rate_of_real_text']:.3f}."
+    yield f"Parse rate of the real text: {base['parse_rate_of_real_text']:.3f}."
+    values = {key[2]: validation[key] for key in _keys(task, start, validation)[1:]}
+    yield _table(
+        ["minimised, on validation, by learning rate", *(f"{rate:g}" for rate in grid)],
+        [[o, *(f"{found[rate]:.4f}" if rate in found else "-" for rate in grid)] for o, found in values.items()],
+    )
     for name in ("feature_matching_loss", "alignment"):
         header = [f"{_COLUMNS[name]} at horizon", *map(str, horizons)]
         yield _table(
             header, [[o, *(_spread(_metric(found, f"{name}_h{h}")) for h in horizons)] for o, found in runs.items()]
         )
     costs = [
-        [o, f"{found[0]['tokens_per_step']:,.0f}", _spread([x["seconds_per_step"] for x in found])]
+        [o, f"{found[0]['tokens_per_step']:,.0f}", _spread([x["cpu_seconds_per_step"] for x in found], 2)]
         for o, found in runs.items()
         if o != "base"
     ]
-    yield _table(["cost of a step", "tokens forwarded", "seconds"], costs)
+    yield _table(["cost of a step", "tokens forwarded", "CPU seconds"], costs)
 
 
 def _metric(found: Sequence[Line], name: str) -> list[float]:
     return [line["metrics"][name] for line in found]
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], decimals: int = 4) -> str:
     """Mean and standard deviation of several runs, of one run its value."""
     mean = statistics.fmean(values)
-    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.stdev(values):.4f}"
+    if len(values) == 1:
+        return f"{mean:.{decimals}f}"
+    return f"{mean:.{decimals}f} ± {statistics.stdev(values):.{decimals}f}"
 
 
 def _verdicts(
-    runs: Mapping[tuple[str, str, str], Sequence[Line]], groups: Sequence[tuple[str, str]], rates: Rates
+    runs: Mapping[tuple[str, str, str], Sequence[Line]], groups: Sequence[tuple[str, str]], validation: Validation
 ) -> str:
     """Per task, start and metric: the best mean, and all whose distance from it is within both spreads together."""
     rows = []
     for task, start in groups:
-        found = {key[2]: runs[key] for key in _keys(task, start, rates) if runs[key]}
+        found = {key[2]: runs[key] for key in _keys(task, start, validation) if runs[key]}
         for name, best_of in _JUDGED.items() if len(found) > 1 else ():
             values = {objective: _metric(lines, name) for objective, lines in found.items()}
             means = {objective: statistics.fmean(x) for objective, x in values.items()}

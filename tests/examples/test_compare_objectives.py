@@ -60,8 +60,13 @@ def test_it_runs_is_gone_on_with_and_reports(compare, tmp_path, capsys):
 
     with pytest.raises(ValueError, match="OUTPUT: expected results with scale = small, got toy"):
         compare.main([str(tmp_path), "--scale", "small", "--report"])
-    with pytest.raises(SystemExit):
-        compare.main([*command, "--write", str(document)])
+    for wrong, message in (
+        ([*command, "--write", str(document)], "--write: expected together with --report"),
+        ([str(tmp_path / "empty"), "--report"], "OUTPUT: expected a folder with results.jsonl, got '"),
+    ):
+        with pytest.raises(SystemExit):
+            compare.main(wrong)
+        assert message in capsys.readouterr().err
 
 
 def _is(line: dict, *names: str) -> bool:
@@ -87,15 +92,17 @@ def test_each_objective_chooses_by_what_it_minimises(modules, tmp_path):
         1e-4: {"cross_entropy": 2.0, "feature_matching_loss": 0.9, "verifier_reward": 0.5},
         1e-3: {"cross_entropy": 2.5, "feature_matching_loss": 0.6, "verifier_reward": 0.4},
     }
-    expected = {"sft": 1e-4, "rlvr": 1e-4, "ebft": 1e-3, "ebft+ce": 1e-4}
-    for objective, rate in expected.items():
-        for learning_rate, values in metrics.items():
-            assert compare.chosen_learning_rate(results, settings, "code", "warm", objective) is None
-            cell = compare.Cell(
-                stage="select", task="code", start="warm", objective=objective, learning_rate=learning_rate
-            )
-            results.add(cell, {"metrics": values})
-        assert compare.chosen_learning_rate(results, settings, "code", "warm", objective) == rate
+    expected = {"sft": (2.0, 2.5), "rlvr": (-0.5, -0.4), "ebft": (0.9, 0.6), "ebft+ce": (2.9, 3.1)}
+    chosen = {}
+    for cell in compare.cells(results, settings, ["code"]):
+        if cell.start == "weak" and cell.stage == "test":
+            chosen[cell.objective] = cell.learning_rate
+        results.add(cell, {"metrics": metrics.get(cell.learning_rate, {})})
+    assert chosen == {"sft": 1e-4, "rlvr": 1e-4, "ebft": 1e-3, "ebft+ce": 1e-4}
+    for objective, values in expected.items():
+        found = compare.validation_values(results, settings, "code", "warm", objective)
+        assert found == pytest.approx(dict(zip(metrics, values, strict=True)))
+        assert compare.validation_values(results, settings, "pairs", "warm", objective) == {}
     assert compare.Results(tmp_path, "toy").lines == results.lines
 
 
@@ -141,18 +148,20 @@ def test_validation_and_test_share_no_family(modules):
 
 def test_the_verdict_names_what_is_within_the_spread(modules):
     tables = modules["tables"]
-    rates = {("code", "warm", name): 1e-3 for name in ("sft", "rlvr", "ebft")}
+    validation = {("code", "warm", name): {1e-4: 0.5} for name in ("sft", "rlvr", "ebft")}
     values = {"base": [3.0], "sft": [1.0, 1.2], "rlvr": [1.3, 1.3], "ebft": [1.2, 1.4]}
     lines = []
     for objective, numbers in values.items():
         for value in numbers:
             names = [*tables._COLUMNS, "feature_matching_loss_h1", "alignment_h1", "parse_rate_of_real_text"]
             cell = {"stage": "test", "task": "code", "start": "warm", "objective": objective}
-            cost = {"seconds": 1.0, "seconds_per_step": 0.5, "tokens_per_step": 64.0}
+            cell["learning_rate"] = 0.0 if objective == "base" else 1e-3
+            cost = {"seconds": 1.0, "cpu_seconds_per_step": 0.5, "tokens_per_step": 64.0}
             lines.append({"cell": cell, "metrics": dict.fromkeys(names, value), **cost})
     made_with = {"scale": "toy", "learning_rates": [1e-4, 1e-3], "seeds": [1, 2], "versions": {"python": "3"}}
-    text = tables.report(lines, made_with, rates)
+    text = tables.report(lines, made_with, validation)
     assert "7 of 7 evaluated runs" in text and "| sft | 0.001 (end of the grid) | 1.1000 ± 0.1414 |" in text
+    assert "| sft | 0.5000 | - |" in text
     assert "| Python source, warm | cross-entropy | sft | ebft |" in text
     assert "| Python source, warm | parse rate | base | - |" in text
 
