@@ -2,6 +2,7 @@
 #include "bindings_common.h"
 #include "cpu/attention.h"
 #include "cpu/layout.h"
+#include "cpu/log_probs.h"
 #include "cpu/matching.h"
 #include "cpu/pooling.h"
 
@@ -91,6 +92,38 @@ void mean_embedding_backward(int isa, int threads, int dtype, const Sizes& sizes
   void *rollouts_out = pointer(grad_rollouts, needed), *targets_out = pointer(grad_targets, needed);
   const py::gil_scoped_release unlocked;
   cpu::mean_embedding_backward(run, x, unbiased, grad_in, difference_in, rollouts_out, targets_out);
+}
+
+// `sizes`: rows, columns, the first column.
+cpu::LogitsTile logits_tile(int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets, double softcap) {
+  require(sizes.size() == 3 && sizes[0] >= 0 && sizes[1] >= 1 && sizes[2] >= 0,
+          "sizes: expected rows, at least one column, and the first column");
+  require(softcap >= 0, "softcap: expected no negative one");
+  const bool needed = sizes[0] > 0;
+  return {checked_enum<cpu::Dtype>("dtype", dtype, 4), pointer(logits, needed), sizes[0], sizes[1], sizes[2],
+          array<const int64_t>(targets, needed), softcap};
+}
+
+void softmax_add(int isa, int threads, int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets,
+                 double softcap, uintptr_t largest, uintptr_t total, uintptr_t at_target) {
+  const cpu::Execution run = execution(isa, threads);
+  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, softcap);
+  const bool needed = tile.rows > 0;
+  void *largest_out = pointer(largest, needed), *total_out = pointer(total, needed);
+  void* target_out = pointer(at_target, needed);
+  const py::gil_scoped_release unlocked;
+  cpu::softmax_add(run, tile, largest_out, total_out, target_out);
+}
+
+void softmax_gradient(int isa, int threads, int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets,
+                      double softcap, uintptr_t largest, uintptr_t log_total, uintptr_t upstream) {
+  const cpu::Execution run = execution(isa, threads);
+  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, softcap);
+  const bool needed = tile.rows > 0;
+  const void *largest_in = pointer(largest, needed), *total_in = pointer(log_total, needed);
+  const void* upstream_in = pointer(upstream, needed);
+  const py::gil_scoped_release unlocked;
+  cpu::softmax_gradient(run, tile, largest_in, total_in, upstream_in);
 }
 
 std::vector<cpu::Layer> checked_layers(const Layers& layers, bool needed) {
@@ -276,6 +309,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("feature_matching", &feature_matching);
   m.def("mean_embedding_forward", &mean_embedding_forward);
   m.def("mean_embedding_backward", &mean_embedding_backward);
+  m.def("softmax_add", &softmax_add);
+  m.def("softmax_gradient", &softmax_gradient);
   m.def("pool_features", &pool_features);
   m.def("pool_features_backward", &pool_features_backward);
   m.def("layout_geometry", &layout_geometry);

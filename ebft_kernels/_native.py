@@ -30,6 +30,7 @@ _LIMITS: dict[str, dict[str, dict[str, int]]] = {
         "pool_features": {},
         "mean_embedding_loss": {"n": 16384},
         "feature_matching": {"n": 16384},
+        "linear_log_probs": {},
     },
     "cuda": {
         "pool_features": {"L": 64, "L*K": 2560},

@@ -75,6 +75,15 @@ struct Kernels {
   // apart, in their order.
   void (*add_parts)(void* sums, int64_t step, int64_t parts, int64_t begin, int64_t end, int64_t size,
                     const Heads& grads, int64_t batch, int64_t kv_head);
+
+  // For log-probabilities; statistics are float32 (float64 for float64). `target` is counted from the row's first
+  // column and may lie outside; `softcap` as in LogitsTile. Adds a row to its statistics.
+  void (*softmax_add)(const void* row, int64_t columns, double softcap, int64_t target, void* largest, void* total,
+                      void* at_target);
+
+  // Overwrites a row with upstream * (exp(logit - largest - log_total) - onehot(target)) * d logit / d row.
+  void (*softmax_gradient)(void* row, int64_t columns, double softcap, int64_t target, const void* largest,
+                           const void* log_total, const void* upstream);
 };
 
 // The instruction sets that this machine can run, the best last.

@@ -27,10 +27,13 @@ namespace {
 
 #include "attention_rows.h"
 
+#include "softmax_rows.h"
+
 template <class T>
 constexpr Kernels kernels_of = {gram<T>,   mean_difference<T>, mean_embedding_gradients<T>,
                                 square<T>, weighted_sum<T>,    products<T>, gradient<T>,
-                                lay_prompt<T>, attention_forward<T>, attention_backward<T>, add_parts<T>};
+                                lay_prompt<T>, attention_forward<T>, attention_backward<T>, add_parts<T>,
+                                softmax_add<T>, softmax_gradient<T>};
 
 }  // namespace
 

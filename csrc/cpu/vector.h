@@ -104,20 +104,20 @@ EBFT_INLINE void store_part(T* to, Vector x, int64_t count) {
 template <class T>
 using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Whole registers of sums, where the arithmetic is not in doubles throughout.
+// Whole registers of sums, where the arithmetic is not in doubles throughout. Integers are unsigned: they may wrap.
 template <class S>
 struct Whole;
 template <>
 struct Whole<double> {
   static constexpr int lanes = EBFT_LANES, mantissa_bits = 52;
   typedef Vector Type;
-  typedef int64_t Integers __attribute__((vector_size(8 * EBFT_LANES)));
+  typedef uint64_t Integers __attribute__((vector_size(8 * EBFT_LANES)));
 };
 template <>
 struct Whole<float> {
   static constexpr int lanes = 2 * EBFT_LANES, mantissa_bits = 23;
   typedef float Type __attribute__((vector_size(8 * EBFT_LANES)));
-  typedef int32_t Integers __attribute__((vector_size(8 * EBFT_LANES)));
+  typedef uint32_t Integers __attribute__((vector_size(8 * EBFT_LANES)));
 };
 
 // Calls column(f, load_at, store_at) for every vector of `count` elements that starts at f; the last one may be a part.

@@ -28,29 +28,30 @@ def linear_log_probs(
         log p(t) = log_softmax(logits / temperature)[t]
 
     Equal to ``torch.log_softmax(logits.float() / temperature, -1).gather(-1, targets[..., None])[..., 0]``, with memory
-    for ``chunk_size`` rows of logits; the backward pass computes them again. Softmax statistics are float32 (float64
-    for float64 inputs), and the gradients of weight and bias are summed over the chunks in that precision. Under
+    for a tile of the logits; the backward pass computes them again. Softmax statistics are float32 (float64
+    for float64 inputs), and the gradients of weight and bias are summed over the tiles in that precision. Under
     ``torch.autocast`` hidden, weight and bias are cast to its dtype first, as ``F.linear`` does. Differentiable in all
     three, once.
 
     Args:
         hidden: [..., C] float64, float32, bfloat16 or float16.
         weight: [V, C], of the same dtype.
-        targets: [...] int64 or int32, each in ``0 .. V-1``; there is no ignore index. Values are not checked here,
-            since that would wait for the device: one outside raises a RuntimeError from PyTorch on the CPU and fails a
-            device assertion on an accelerator.
+        targets: [...] int64 or int32, each in ``0 .. V-1``; there is no ignore index. On an accelerator one outside
+            fails a device assertion, since an error would have to wait for the device.
         bias: [V], of the same dtype.
         temperature: divides the logits.
         softcap: bound of the logits.
         scale: multiplies the logits.
-        chunk_size: rows per chunk; None: 16 MB of logits on the CPU, 256 MB elsewhere, but at least 256 rows.
+        chunk_size: rows whose logits are held together; None: up to 4096 on the CPU, elsewhere 256 MB of logits, but at
+            least 256 rows. On the CPU so many columns at a time that it is 16 MB of logits.
         impl: "auto", "reference", "torch", ...; see :func:`ebft_kernels.available_impls`.
 
     Returns:
         [...] float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a shape, device or option that does not fit.
+        ValueError: a shape, device, option or, on the CPU, a target that does not fit (a RuntimeError of PyTorch for
+            the target with ``impl="reference"``).
         TypeError: another type or dtype.
     """
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
@@ -90,7 +91,7 @@ _OPTIONS = "float temperature, float? softcap, float scale, SymInt? chunk_size, 
     schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
 )
 def _forward_op(hidden, weight, targets, bias, *options):
-    """Log-probabilities [T] and the log-sum-exp [T] of the logits, from hidden [T, C]."""
+    """Log-probabilities [T] and the softmax's statistics [2, T], from hidden [T, C]."""
     *options, impl = options
     with torch.autocast(hidden.device.type, enabled=False):
         return implementation("linear_log_probs", impl).forward(hidden, weight, targets, bias, *options)
@@ -99,24 +100,24 @@ def _forward_op(hidden, weight, targets, bias, *options):
 @_forward_op.register_fake
 def _(hidden, *_rest):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=dtype) for _ in range(2))
+    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(2, hidden.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op(
     "ebft_kernels::linear_log_probs_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor lse, {_INPUTS}, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor statistics, {_INPUTS}, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward_op(grad, lse, hidden, weight, targets, bias, needs, *options):
+def _backward_op(grad, statistics, hidden, weight, targets, bias, needs, *options):
     """Gradients of hidden, weight and bias, in their dtype; an empty tensor for each that is not needed."""
     *options, impl = options
     with torch.autocast(hidden.device.type, enabled=False):
         module = implementation("linear_log_probs", impl)
-        return module.backward(grad, lse, hidden, weight, targets, bias, needs, *options)
+        return module.backward(grad, statistics, hidden, weight, targets, bias, needs, *options)
 
 
 @_backward_op.register_fake
-def _(_grad, _lse, hidden, weight, _targets, bias, needs, *_options):
+def _(_grad, _statistics, hidden, weight, _targets, bias, needs, *_options):
     return tuple(
         x.new_empty(x.shape) if need else hidden.new_empty(0)
         for x, need in zip((hidden, weight, bias), needs, strict=True)
@@ -125,13 +126,13 @@ def _(_grad, _lse, hidden, weight, _targets, bias, needs, *_options):
 
 def _save_for_backward(ctx, inputs, output):
     hidden, weight, targets, bias, *ctx.options = inputs
-    _log_probs, lse = output
-    ctx.mark_non_differentiable(lse)
+    _log_probs, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(lse, hidden, weight, targets, bias)
+    ctx.save_for_backward(statistics, hidden, weight, targets, bias)
 
 
-def _differentiate(ctx, grad, _grad_lse):
+def _differentiate(ctx, grad, _grad_statistics):
     options = (None,) * len(ctx.options)
     if grad is None:
         return None, None, None, None, *options

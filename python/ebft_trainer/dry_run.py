@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ebft_kernels import StridedLayout, feature_matching, linear_log_probs, select_impl
 from ebft_kernels.integrations.transformers import StridedCache, hidden_states
-from ebft_kernels.logprob import _torch as log_probs_in_chunks
+from ebft_kernels.logprob._tiled import tile_shape
 
 from .config import EBFTOptions
 from .features import FeatureNetwork
@@ -192,10 +192,10 @@ def _run_rollouts(ledger: _Ledger, model: nn.Module, layout: StridedLayout) -> N
 
 
 def _sampling_workspace(rows: int, head: Tensor) -> int:
-    """Bytes for the logits of a chunk of rows, their probabilities and these once more in blocks."""
+    """Bytes for the logits of a chunk of rows, which become their probabilities."""
     numbers = min(rows, rows_at_once(head.shape[0])) * head.shape[0]
     cast = 0 if head.dtype.itemsize >= 4 else head.dtype.itemsize
-    return numbers * (3 * max(4, head.dtype.itemsize) + cast)
+    return numbers * (max(4, head.dtype.itemsize) + cast)
 
 
 def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: Job, trained: list[nn.Parameter]) -> int:
@@ -315,27 +315,33 @@ def _storage(x: Tensor) -> torch.UntypedStorage:
     return x.untyped_storage()
 
 
-def _chunk_bytes(on_cpu: bool, rows: int, hidden: Tensor, vocabulary: int) -> int:
-    """Logits of the rows that are worked on together: in float32, and in the model's dtype if that is another."""
-    limit = log_probs_in_chunks.CPU_CHUNK_BYTES if on_cpu else log_probs_in_chunks.CHUNK_BYTES
-    size = max(4, hidden.dtype.itemsize)
-    rows = min(rows, max(log_probs_in_chunks.MIN_ROWS, limit // (vocabulary * size)))
-    return rows * vocabulary * (size + (hidden.dtype.itemsize if hidden.dtype.itemsize < 4 else 0))
-
-
-def _log_probs(on_cpu: bool, hidden: Tensor, weight: Tensor, *_rest: Any) -> int:
-    return _chunk_bytes(on_cpu, hidden.shape[0], hidden, weight.shape[0])
+def _log_probs(on_cpu: bool, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
+    """A tile of the logits in the model's dtype and, where PyTorch does the softmax, in that of sums."""
+    device, sum_bytes = "cpu" if on_cpu else "cuda", max(4, hidden.dtype.itemsize)
+    rows, columns = tile_shape(hidden.shape[0], weight.shape[0], sum_bytes, rest[-2], device)
+    widened = 0 if _native_log_probs(on_cpu, hidden) or hidden.dtype.itemsize >= 4 else sum_bytes
+    return rows * columns * (hidden.dtype.itemsize + widened)
 
 
 def _log_probs_backward(on_cpu: bool, _grad: Tensor, _lse: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
-    """A chunk, and the weight's gradient where it is summed in another dtype than it is returned in.
+    """A tile, and the gradients that are summed in another dtype than they are returned in.
 
-    With a soft cap, its derivative at the chunk beside that at the chunk before.
+    With a soft cap in PyTorch, its derivative at the tile beside the square of its value.
     """
-    needs_weight, softcap = rest[2][1], rest[4]
-    total = 4 * weight.numel() if needs_weight and weight.dtype.itemsize < 4 else 0
-    chunk = _chunk_bytes(on_cpu, hidden.shape[0], hidden, weight.shape[0])
-    return total + (chunk if softcap is None else 3 * chunk)
+    device, sum_bytes = "cpu" if on_cpu else "cuda", max(4, hidden.dtype.itemsize)
+    rows, columns = tile_shape(hidden.shape[0], weight.shape[0], sum_bytes, rest[-2], device)
+    total = _log_probs(on_cpu, hidden, weight, *rest)
+    if rest[4] is not None and not _native_log_probs(on_cpu, hidden):
+        total += 2 * rows * columns * sum_bytes
+    if hidden.dtype.itemsize < 4:
+        needs_hidden, needs_weight = rest[2][:2]
+        total += sum_bytes * hidden.numel() * (needs_hidden and columns < weight.shape[0])
+        total += sum_bytes * weight.numel() * (needs_weight and rows < hidden.shape[0])
+    return total
+
+
+def _native_log_probs(on_cpu: bool, hidden: Tensor) -> bool:
+    return on_cpu and select_impl("linear_log_probs", "cpu", hidden.dtype) == "native"
 
 
 def _attention(on_cpu: bool, q: Tensor, k: Tensor, v: Tensor, _sinks: Any, *ranges_and_options: Any) -> int:

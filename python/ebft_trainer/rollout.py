@@ -175,7 +175,10 @@ def _draw_rows(
             index = logits.argmax(-1, keepdim=True).expand(-1, draws)
             chosen = log_probability.gather(1, index)
         else:
-            probability = logits.div_(temperature).softmax(-1)
+            # A softmax in place: fresh pages of this size cost as much as the softmax.
+            logits.div_(temperature)
+            probability = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+            probability.div_(probability.sum(-1, keepdim=True))
             index = draw(probability, numbers, top_p=top_p, top_k=top_k)
             chosen = probability.gather(1, index).log_()
         ids.append(index)
@@ -231,7 +234,9 @@ def _invert(mass: Tensor, uniform: Tensor) -> Tensor:
     if mass.shape[1] <= 16 * _BLOCK:
         return _search(mass, uniform)[0]
     # A cumulative sum over the vocabulary costs more than the softmax; block sums are cheap.
-    blocks = nn.functional.pad(mass, (0, -mass.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))  # [R, K/64, 64]
+    missing = -mass.shape[1] % _BLOCK
+    blocks = nn.functional.pad(mass, (0, missing)) if missing else mass  # padding by nothing would copy
+    blocks = blocks.unflatten(1, (-1, _BLOCK))  # [R, K/64, 64]
     block, uniform = _search(blocks.sum(2), uniform)
     rows = torch.arange(mass.shape[0], device=mass.device)[:, None]
     within, _ = _search(blocks[rows, block], uniform[..., None])

@@ -4,6 +4,7 @@
 #include "../../csrc/core/half.h"
 #include "../../csrc/cpu/attention.h"
 #include "../../csrc/cpu/layout.h"
+#include "../../csrc/cpu/log_probs.h"
 #include "../../csrc/cpu/matching.h"
 #include "../../csrc/cpu/pooling.h"
 
@@ -307,7 +308,64 @@ void run_attention(cpu::Isa isa, cpu::Dtype dtype, int64_t kv_heads, int64_t rep
   }
 }
 
+// Two tiles of logits, of `columns` and 3, with a target in each.
+template <class T, class S>
+void run_softmax(cpu::Isa isa, cpu::Dtype dtype, int64_t columns, double softcap) {
+  const int64_t rows = 2;
+  Buffer<T> first(rows * columns), second(rows * 3);
+  Buffer<S> largest(rows), total(rows), at_target(rows), upstream(rows);
+  Buffer<int64_t> targets(rows);
+  first.fill_randomly(), second.fill_randomly(), upstream.fill_randomly();
+  targets[0] = columns / 2, targets[1] = columns + 2;
+  for (int64_t row = 0; row < rows; ++row) largest[row] = S(-1e30);
+  const auto logit = [&](int64_t row, int64_t column) {
+    const double x = to_double(column < columns ? first[row * columns + column] : second[row * 3 + column - columns]);
+    return softcap > 0 ? softcap * std::tanh(x) : x;
+  };
+  std::vector<double> expected;
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int64_t column = 0; column < columns + 3; ++column) sum += std::exp(logit(row, column));
+    for (int64_t column = 0; column < columns + 3; ++column) {
+      const double x = logit(row, column), slope = softcap > 0 ? 1 - x * x / (softcap * softcap) : 1;
+      expected.push_back(to_double(upstream[row]) * slope * (std::exp(x) / sum - (column == targets[row])));
+    }
+    expected.push_back(std::log(sum));
+    expected.push_back(logit(row, targets[row]));
+  }
+  const cpu::Execution run{isa, 1};
+  const cpu::LogitsTile tiles[] = {{dtype, first.data(), rows, columns, 0, targets.data(), softcap},
+                                   {dtype, second.data(), rows, 3, columns, targets.data(), softcap}};
+  for (const auto& tile : tiles) cpu::softmax_add(run, tile, largest.data(), total.data(), at_target.data());
+  const double tolerance = 10 * (sizeof(T) == 8 ? 0x1p-52 : sizeof(T) == 4 ? 0x1p-22 : 0x1p-8);
+  const double *at = expected.data(), sums = sizeof(S) == 8 ? 1e-13 : 1e-5;
+  for (int64_t row = 0; row < rows; ++row, at += columns + 5) {
+    total[row] = S(std::log(to_double(total[row])));
+    check(std::fabs(to_double(total[row]) + to_double(largest[row]) - at[columns + 3]) <= sums, "log-sum-exp");
+    check(std::fabs(to_double(at_target[row]) - at[columns + 4]) <= sums, "logit of the target");
+  }
+  for (const auto& tile : tiles) {
+    cpu::softmax_gradient(run, tile, largest.data(), total.data(), upstream.data());
+  }
+  at = expected.data();
+  for (int64_t row = 0; row < rows; ++row, at += columns + 5) {
+    for (int64_t column = 0; column < columns + 3; ++column) {
+      const double x =
+          to_double(column < columns ? first[row * columns + column] : second[row * 3 + column - columns]);
+      check(std::fabs(x - at[column]) <= tolerance, "gradient of the logits");
+    }
+  }
+}
+
 void run_all(cpu::Isa isa) {
+  for (const int64_t columns : {1, 7, 16, 33, 1024, 1030}) {
+    for (const double softcap : {0.0, 2.0}) {
+      run_softmax<double, double>(isa, cpu::Dtype::float64, columns, softcap);
+      run_softmax<float, float>(isa, cpu::Dtype::float32, columns, softcap);
+      run_softmax<BFloat16, float>(isa, cpu::Dtype::bfloat16, columns, softcap);
+      run_softmax<Float16, float>(isa, cpu::Dtype::float16, columns, softcap);
+    }
+  }
   for (const auto& [kv_heads, repeat, size, value_size] :
        {std::tuple{1, 1, 1, 3}, {2, 3, 17, 8}, {1, 2, 40, 33}, {1, 70, 3, 5}}) {
     run_attention<double, double>(isa, cpu::Dtype::float64, kv_heads, repeat, size, value_size);

@@ -1,0 +1,165 @@
+"""Log-probabilities by tiles of the logits: the products, and what is summed over tiles. What is done within a tile is
+given: :mod:`._torch` or :mod:`._native`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits per tile, in bytes of their sums' dtype: a share of a CPU's last-level cache; enough to keep an accelerator
+# busy.
+CPU_TILE_BYTES = 16 << 20
+TILE_BYTES = 256 << 20
+# With fewer rows, reading and writing the whole weight gradient once per tile begins to show.
+MIN_ROWS = 256
+# On a CPU as many rows as this, and columns in turn, a multiple of so many: a block of the weight and of its gradient
+# is then read and written once.
+CPU_ROWS, CPU_COLUMNS = 4096, 64
+
+
+class Tile(NamedTuple):
+    """Rows and columns of ``hidden W^T + bias``, times a factor; the logits over the temperature are
+    ``softcap * tanh(data)``, or ``data`` itself where ``softcap`` is 0."""
+
+    rows: slice
+    columns: slice
+    data: Tensor  # [M, N] in the dtype of hidden
+    targets: Tensor  # [M] int64, counted from column 0
+    softcap: float
+
+
+#: Brings the largest logit so far, the sum of ``exp(logit - largest)`` and the target's logit, each [M], up to date.
+Add = Callable[[Tile, Tensor, Tensor, Tensor], None]
+#: Overwrites ``data`` with ``upstream * (softmax - onehot(target)) * d logits / d data``, from the largest logit, the
+#: logarithm of the sum and upstream, each [M].
+Differentiate = Callable[[Tile, Tensor, Tensor, Tensor], None]
+
+
+def tile_shape(rows: int, vocabulary: int, itemsize: int, chunk_size: int | None, device_type: str) -> tuple[int, int]:
+    """Rows and columns of a tile, of logits whose sums have ``itemsize`` bytes."""
+    if device_type != "cpu":
+        most = max(MIN_ROWS, TILE_BYTES // (vocabulary * itemsize)) if chunk_size is None else chunk_size
+        return max(1, min(most, rows)), vocabulary
+    rows = max(1, min(CPU_ROWS if chunk_size is None else chunk_size, rows))
+    columns = CPU_TILE_BYTES // (rows * itemsize) // CPU_COLUMNS * CPU_COLUMNS
+    return rows, min(max(CPU_COLUMNS, columns), vocabulary)
+
+
+def forward(
+    add: Add,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [T], and of the logits the largest and the logarithm of the sum of ``exp(logit - largest)``,
+    [2, T], from hidden [T, C], weight [V, C], targets [T].
+
+    The two are not added up: the logits of likely tokens are near the largest, and their distance from it has digits
+    that a log-sum-exp of its size has not.
+    """
+    _check_targets(targets, weight.shape[0])
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    # Not -inf: beside it a tile of nothing but -inf, such as a vocabulary's padding, would give NaN.
+    statistics = hidden.new_zeros(2, hidden.shape[0], dtype=dtype)
+    largest, total = statistics
+    largest.fill_(torch.finfo(dtype).min)
+    at_target = torch.empty_like(largest)
+    for tile in _tiles(hidden, weight, targets, bias, temperature, softcap, scale, chunk_size):
+        add(tile, largest[tile.rows], total[tile.rows], at_target[tile.rows])
+    return at_target.sub_(largest).sub_(total.log_()), statistics
+
+
+def backward(
+    differentiate: Differentiate,
+    grad: Tensor,
+    statistics: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    needs: list[bool],
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias from ``grad`` [T]; an empty tensor for each that is not in ``needs``."""
+    (rows, vocabulary), dtype = (hidden.shape[0], weight.shape[0]), statistics.dtype
+    tile_rows, tile_columns = tile_shape(rows, vocabulary, dtype.itemsize, chunk_size, hidden.device.type)
+    # What has one summand only needs no wider sum.
+    grad_hidden = hidden.new_zeros(
+        hidden.shape if needs[0] else 0, dtype=hidden.dtype if tile_columns == vocabulary else dtype
+    )
+    grad_weight = hidden.new_zeros(weight.shape if needs[1] else 0, dtype=hidden.dtype if tile_rows == rows else dtype)
+    grad_bias = statistics.new_zeros(vocabulary if needs[2] else 0)
+    upstream = grad * (-scale / temperature)
+    for tile in _tiles(hidden, weight, targets, bias, temperature, softcap, scale, chunk_size):
+        differentiate(tile, *statistics[:, tile.rows], upstream[tile.rows])
+        if needs[0]:
+            _add_product(grad_hidden[tile.rows], tile.data, weight[tile.columns])
+        if needs[1]:
+            _add_product(grad_weight[tile.columns], tile.data.mT, hidden[tile.rows])
+        if needs[2]:
+            grad_bias[tile.columns] += tile.data.sum(0, dtype=dtype)
+    return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    inside = ((targets >= 0) & (targets < vocabulary)).all()
+    if targets.device.type != "cpu":
+        torch._assert_async(
+            inside, f"targets: expected ids from 0 to {vocabulary - 1}"
+        )  # without waiting for the device
+    elif not inside:
+        wrong = targets[(targets < 0) | (targets >= vocabulary)][0].item()
+        raise ValueError(f"targets: expected ids from 0 to {vocabulary - 1}, got {wrong}")
+
+
+def _tiles(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    scale: float,
+    chunk_size: int | None,
+) -> Iterator[Tile]:
+    """All tiles, in the same memory one after the other: fresh pages for each would cost more than the softmax."""
+    num_rows, vocabulary = hidden.shape[0], weight.shape[0]
+    targets = targets.long().contiguous()
+    itemsize = torch.promote_types(hidden.dtype, torch.float32).itemsize
+    tile_rows, tile_columns = tile_shape(num_rows, vocabulary, itemsize, chunk_size, hidden.device.type)
+    memory = hidden.new_empty(tile_rows * tile_columns)
+    factor = scale / (temperature if softcap is None else softcap)
+    cap = 0.0 if softcap is None else softcap / temperature
+    for row in range(0, num_rows, tile_rows):
+        rows = slice(row, min(row + tile_rows, num_rows))
+        for column in range(0, vocabulary, tile_columns):
+            columns = slice(column, min(column + tile_columns, vocabulary))
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            data = memory[: shape[0] * shape[1]].view(shape)
+            torch.addmm(
+                data if bias is None else bias[columns],
+                hidden[rows],
+                weight[columns].mT,
+                beta=0 if bias is None else factor,
+                alpha=factor,
+                out=data,
+            )
+            yield Tile(rows, columns, data, targets[rows], cap)

@@ -1,0 +1,112 @@
+"""The compiled softmax of log-probabilities: every instruction set and dtype, tiles of every width."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ebft_kernels import linear_log_probs, select_impl
+from ebft_kernels.logprob import _native, _tiled
+
+from ..logprob import test_linear_log_probs as log_probs
+
+DTYPES = log_probs.DTYPES
+EPS = torch.finfo(torch.float64).eps
+# Less than a vector, whole vectors and some more, more than a piece of 1024; with tiles of 64 columns a last one of 1.
+VOCABULARIES = (1, 13, 31, 64, 65, 200, 2500)
+
+
+def test_it_is_the_choice_on_the_cpu(compiled):  # noqa: ARG001
+    assert all(select_impl("linear_log_probs", "cpu", dtype) == "native" for dtype in DTYPES)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("with_bias", (False, True))
+@pytest.mark.parametrize("head", log_probs.HEADS)
+def test_agrees_with_one_softmax_per_row(head, with_bias):
+    log_probs.test_agrees_with_one_softmax_per_row(with_bias, head, "native")
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", (log_probs.HEADS[2], log_probs.HEADS[-1]))
+@pytest.mark.parametrize("tile_bytes", (1, 16 << 20))
+def test_values_and_gradients(tile_bytes, head, dtype, monkeypatch):
+    monkeypatch.setattr(_tiled, "CPU_TILE_BYTES", tile_bytes)
+    for vocabulary in VOCABULARIES:
+        log_probs.assert_right(dtype, (150, 10, vocabulary), chunk_size=70, impl="native", **head)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("head", log_probs.HEADS)
+def test_gradcheck(head):
+    log_probs.test_gradcheck(head, "native")
+
+
+@pytest.mark.usefixtures("isa")
+def test_special_cases(monkeypatch):
+    with monkeypatch.context() as patch:
+        log_probs.test_tokens_that_are_ruled_out("native", patch)
+    log_probs.test_a_vocabulary_of_one_token_is_certain("native")
+    log_probs.test_huge_logits_do_not_overflow("native")
+    for shape in ((), (6,), (2, 3), (0,), (2, 0)):
+        log_probs.test_any_leading_shape_and_both_integer_types(shape, "native")
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_a_number_stays_none(dtype):
+    """NaN and infinity where PyTorch gives them."""
+    hidden, weight, targets, bias = log_probs.inputs(4, 3, 70, dtype=dtype)
+    bias.zero_()
+    bias[5], targets[:] = math.inf, torch.tensor([0, 5, 5, 69])
+    weight[5] = 0
+    hidden[2, 1] = math.nan
+    rows = [0, 1, 2]
+    native, plain = (
+        linear_log_probs(hidden[rows], weight, targets[rows], bias=bias, impl=impl) for impl in ("native", "torch")
+    )
+    assert torch.equal(native.isnan(), plain.isnan()) and native.isnan().any()
+
+
+@pytest.mark.usefixtures("isa")
+def test_results_do_not_depend_on_the_number_of_threads():
+    hidden, weight, targets, _ = log_probs.inputs(300, 16, 2000, dtype=torch.float32)
+    data, threads, results = hidden @ weight.mT, torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            statistics = torch.full((300,), -1e30), torch.zeros(300), torch.zeros(300)
+            tile = _tiled.Tile(slice(0, 300), slice(0, 2000), data.clone(), targets, 2.0)
+            _native._add(tile, *statistics)
+            _native._differentiate(tile, statistics[0], statistics[1].log(), torch.linspace(-1, 1, 300))
+            results.append((*statistics, tile.data))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("target", (-1, 70))
+def test_a_target_outside_the_vocabulary_raises(target, compiled):  # noqa: ARG001
+    hidden, weight, targets, _ = log_probs.inputs(4, 3, 70)
+    targets[2] = target
+    with pytest.raises(ValueError, match=f"targets: expected ids from 0 to 69, got {target}"):
+        linear_log_probs(hidden, weight, targets, impl="native")
+
+
+def test_what_the_module_refuses(compiled):
+    data, rows = torch.zeros(2, 3), torch.zeros(2)
+    targets = torch.zeros(2, dtype=torch.int64)
+    good = (0, 1, 1, (2, 3, 0), data.data_ptr(), targets.data_ptr(), 0.0, *[rows.data_ptr()] * 3)
+    compiled.softmax_gradient(*good)
+    for position, value, message in (
+        (2, 4, "dtype"),
+        (3, (2, 3), "sizes: expected rows"),
+        (3, (2, 0, 0), "at least one column"),
+        (4, 0, "address"),
+        (6, -1.0, "softcap"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compiled.softmax_gradient(*good[:position], value, *good[position + 1 :])
