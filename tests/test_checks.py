@@ -86,9 +86,9 @@ def test_an_explicit_choice_never_falls_back():
     with pytest.raises(ValueError, match="impl: expected one of 'auto', .* got 'cuda'"):
         _dispatch.resolve_impl("pool_features", "cuda", device, torch.float32)
     with pytest.raises(
-        ValueError, match="impl: linear_log_probs has no implementation 'native' on cpu; available there: torch"
+        ValueError, match="impl: linear_log_probs has no implementation 'triton' on cpu; available there: "
     ):
-        _dispatch.resolve_impl("linear_log_probs", "native", device, torch.float32)
+        _dispatch.resolve_impl("linear_log_probs", "triton", device, torch.float32)
     with pytest.raises(ValueError, match="op: expected one of"):
         ebft_kernels.available_impls("attention", "cpu")
     with pytest.raises(TypeError, match="dtype: expected float64, float32, bfloat16 or float16, got torch.int64"):

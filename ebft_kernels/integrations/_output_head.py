@@ -32,9 +32,19 @@ class OutputHead(NamedTuple):
     scale: float
     softcap: float | None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., C] -> [..., V]."""
-        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+    def logits(self, hidden: Tensor, memory: Tensor | None = None) -> Tensor:
+        """[..., C] -> [..., V].
+
+        ``memory`` [T, V], in the dtype of the weight, may be given for hidden [T, C] where there is no gradient: the
+        product is written there, unless ``torch.autocast`` asks for another dtype.
+        """
+        hidden = hidden.to(self.weight.dtype)
+        if memory is None or torch.is_autocast_enabled(hidden.device.type):
+            logits = F.linear(hidden, self.weight, self.bias)
+        elif self.bias is None:
+            logits = torch.mm(hidden, self.weight.mT, out=memory)
+        else:
+            logits = torch.addmm(self.bias, hidden, self.weight.mT, out=memory)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

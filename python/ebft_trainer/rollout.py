@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +65,15 @@ def sample_rollouts(
     _check_options(temperature, top_p, top_k)
     check_prompt(prompt, layout)
     cache = StridedCache(layout)
+    sampler = _Sampler(temperature, top_p, top_k, generator)
     tokens, log_probs = [], []
 
     def first(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, P, C]
         rows = layout.anchor_rows(hidden)  # [B, A, C]
-        return _draw_rows(rows, head, layout.samples, temperature, top_p, top_k, generator)
+        return sampler.draw_rows(rows, head, layout.samples)
 
     def later(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, A*n, C]
-        return _draw_rows(hidden, head, 1, temperature, top_p, top_k, generator)
+        return sampler.draw_rows(hidden, head, 1)
 
     with evaluation_mode(model):
         for step in range(layout.horizon):
@@ -151,39 +153,46 @@ def _check_options(temperature: float, top_p: float, top_k: int) -> None:
     check_int("top_k", top_k, minimum=0)
 
 
-def _draw_rows(
-    rows: Tensor,
-    head: OutputHead,
-    draws: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    generator: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Hidden states [..., C] -> ids and log-probabilities [R, draws] of tokens drawn from each of the R rows."""
-    rows = rows.flatten(0, -2)
-    device = rows.device if generator is None else generator.device
-    # All at once, so that the chunk size changes no rollout; float64, so that improbable tokens keep their probability.
-    uniform = torch.rand(rows.shape[0], draws, dtype=torch.float64, device=device, generator=generator).to(rows.device)
-    size = rows_at_once(head.weight.shape[0])
-    ids, log_probs = [], []
-    for part, numbers in zip(rows.split(size), uniform.split(size), strict=True):
-        logits = head.logits(part)
+@dataclass
+class _Sampler:
+    """How tokens are drawn, and memory for logits: fresh pages in every step would cost as much as the softmax."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    generator: torch.Generator | None
+    memory: Tensor | None = None  # [rows, V]
+
+    def draw_rows(self, rows: Tensor, head: OutputHead, draws: int) -> tuple[Tensor, Tensor]:
+        """Hidden states [..., C] -> ids and log-probabilities [R, draws] of tokens drawn from each of the R rows."""
+        rows = rows.flatten(0, -2)
+        device = rows.device if self.generator is None else self.generator.device
+        # All at once, so that the chunk size changes no rollout; float64, so that improbable tokens keep their
+        # probability.
+        uniform = torch.rand(rows.shape[0], draws, dtype=torch.float64, device=device, generator=self.generator)
+        size = rows_at_once(head.weight.shape[0])
+        parts = zip(rows.split(size), uniform.to(rows.device).split(size), strict=True)
+        drawn = [self._draw(head.logits(part, self._memory(len(part), head)), numbers) for part, numbers in parts]
+        ids, log_probs = zip(*drawn, strict=True)
+        return torch.cat(ids), torch.cat(log_probs)
+
+    def _memory(self, rows: int, head: OutputHead) -> Tensor:
+        if self.memory is None or len(self.memory) < rows:
+            self.memory = head.weight.new_empty(rows, head.weight.shape[0])
+        return self.memory[:rows]
+
+    def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and log-probabilities [R, d] from logits [R, V], which are overwritten, and uniform numbers [R, d]."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if temperature == 0:
+        if self.temperature == 0:
             log_probability = logits.log_softmax(-1)
-            index = logits.argmax(-1, keepdim=True).expand(-1, draws)
-            chosen = log_probability.gather(1, index)
-        else:
-            # A softmax in place: fresh pages of this size cost as much as the softmax.
-            logits.div_(temperature)
-            probability = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-            probability.div_(probability.sum(-1, keepdim=True))
-            index = draw(probability, numbers, top_p=top_p, top_k=top_k)
-            chosen = probability.gather(1, index).log_()
-        ids.append(index)
-        log_probs.append(chosen)
-    return torch.cat(ids), torch.cat(log_probs)
+            index = logits.argmax(-1, keepdim=True).expand_as(uniform)
+            return index, log_probability.gather(1, index)
+        logits.div_(self.temperature)
+        probability = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        probability.div_(probability.sum(-1, keepdim=True))
+        index = draw(probability, uniform, top_p=self.top_p, top_k=self.top_k)
+        return index, probability.gather(1, index).log_()
 
 
 def draw(probability: Tensor, uniform: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:

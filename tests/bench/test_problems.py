@@ -115,7 +115,9 @@ def test_the_choice_says_why_not_another(monkeypatch):
     said = choice("strided_attention", CPU, torch.float64)
     assert said.startswith("strided_attention: impl='auto' takes 'torch' (not 'triton': it computes in ")
     assert said.endswith("; not 'native': not built)")
-    assert choice("linear_log_probs", CPU, torch.float32) == "linear_log_probs: impl='auto' takes 'torch'"
+    assert choice("linear_log_probs", CPU, torch.float32) == (
+        "linear_log_probs: impl='auto' takes 'torch' (not 'native': not built)"
+    )
 
 
 def test_nothing_compiled_earlier_is_found(monkeypatch):

@@ -180,7 +180,7 @@ def test_no_row_is_computed_twice(plain, monkeypatch):
     output_head(model)
     block_rows.clear()  # it looked at the model's own logits
     monkeypatch.setattr(
-        OutputHead, "logits", lambda head, hidden: head_rows.append(hidden.shape[:-1].numel()) or logits(head, hidden)
+        OutputHead, "logits", lambda head, hidden, *rest: head_rows.append(len(hidden)) or logits(head, hidden, *rest)
     )
     sample_rollouts(model, plain.prompt_of(layout), layout, temperature=1.0)
     batch, rollouts = layout.batch_size, layout.num_anchors * layout.samples
