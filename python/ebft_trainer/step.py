@@ -13,6 +13,7 @@ from ebft_kernels._checks import check_tensor
 
 from .credit import entropy_penalty, kl_penalty, reward_advantages
 from .features import has_adapters
+from .quantized import keep_gradients
 from .rollout import before_end, end_tokens, sample_rollouts
 from .scoring import (
     check_batch,
@@ -130,6 +131,7 @@ def ebft_step(
         TypeError: another type or dtype.
     """
     check_batch(prompt, layout, token_mask)
+    keep_gradients(model)
     if shares is None:
         shares = torch.ones(2, device=layout.device)
     else:

@@ -40,6 +40,7 @@ from .feature_maps import build_feature_map
 from .features import FeatureMap, FeatureNetwork, has_adapters
 from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
+from .quantized import keep_gradients
 from .rollout import evaluation_mode
 from .scoring import loss_weights
 from .step import EBFTStep, ebft_step
@@ -110,8 +111,9 @@ class EBFTTrainer(Trainer):
             optimizers: as for `Trainer`.
 
         Raises:
-            ValueError: the model cannot be run on strided rows, or ZeRO-3 has spread its weights already; a row has no
-                room for a rollout; one process is to drive several devices; accelerate would not shard.
+            ValueError: the model cannot be run on strided rows, ZeRO-3 has spread its weights already, or its 4-bit
+                weights are packed for inference; a row has no room for a rollout; one process is to drive several
+                devices; accelerate would not shard.
             TypeError: ``args`` is not an `EBFTConfig`.
             CheckpointError: nothing can be written to ``args.output_dir``.
         """
@@ -128,6 +130,7 @@ class EBFTTrainer(Trainer):
                 "model: expected whole weights, got some that ZeRO-3 has spread over the ranks already; load the model "
                 "before the EBFTConfig with its DeepSpeed settings is made"
             )
+        keep_gradients(model)
         check_model(model).require()
         output_head(model)
         if data_collator is None:

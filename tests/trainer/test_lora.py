@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from ebft_kernels import StridedLayout
 from ebft_trainer import cli
-from ebft_trainer.config import EBFTConfig
+from ebft_trainer.config import EBFTConfig, EBFTOptions
+from ebft_trainer.features import FeatureNetwork
+from ebft_trainer.step import ebft_step
 from ebft_trainer.trainer import EBFTTrainer
 
 peft = pytest.importorskip("peft")
@@ -128,19 +131,59 @@ def test_a_quantized_head_is_refused_at_set_up(plain, config):
         EBFTTrainer(model, config(), train_dataset=ROWS)
 
 
-def test_a_model_in_four_bits(plain, config, tmp_path):
-    """QLoRA. bitsandbytes is large and optional; without it the test cannot run."""
+@pytest.fixture
+def four_bits(plain, tmp_path):
+    """A model in 4 bits without adapters, as it is loaded from a folder; bitsandbytes is optional."""
     pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     plain.build(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(tmp_path / "model")
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", quantization_config=four_bits, device_map={"": "cpu"}
+        tmp_path / "model", quantization_config=options, device_map={"": "cpu"}
     )
-    model = adapted(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
-    trainer = EBFTTrainer(model, config(max_steps=2), train_dataset=ROWS)
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def test_a_model_in_four_bits(four_bits, config):
+    trainer = EBFTTrainer(adapted(four_bits), config(max_steps=2), train_dataset=ROWS)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert all(line["grad_norm"] > 0 and line["log_prob_gap"] < 1e-4 for line in lines) and len(lines) == 2
-    assert {p.requires_grad for name, p in model.named_parameters() if "lora_" not in name} == {False}
+    assert {p.requires_grad for name, p in four_bits.named_parameters() if "lora_" not in name} == {False}
+
+
+def test_gradients_of_a_model_in_four_bits_are_those_of_its_weights(four_bits, plain):
+    """After rollouts too: bitsandbytes packs weights for inference in the first call in eval mode."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    whole = plain.build(hidden_size=64, intermediate_size=128, head_dim=16)
+    weights = {
+        name: dequantize_4bit(x.data, x.quant_state) if hasattr(x, "quant_state") else x.data
+        for name, x in four_bits.named_parameters()
+    }
+    whole.load_state_dict(weights, strict=False)
+    layout = StridedLayout.strided(1, 24, context=4, stride=6, horizon=3, samples=3)
+    tokens, options = ROWS[0]["input_ids"][None], EBFTOptions(ce_coef=1.0)
+    found = []
+    for base in (four_bits, whole):
+        model = adapted(base)
+        for name, x in model.named_parameters():  # B starts as zeros, which would hide the gradient of A
+            if "lora_B" in name:
+                torch.nn.init.normal_(x, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+        network = FeatureNetwork(model)
+        for _ in range(2):
+            model.zero_grad()
+            generator = torch.Generator().manual_seed(0)
+            ebft_step(model, network, tokens, layout, options, generator=generator).loss.backward()
+        found.append({name: x.grad for name, x in model.named_parameters() if x.requires_grad})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, grad in found[1].items():
+        assert (found[0][name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
+def test_weights_that_are_packed_already_are_refused(four_bits, config):
+    layer = next(m for m in four_bits.modules() if hasattr(m, "support_avx512bf16_for_cpu"))
+    layer.support_avx512bf16_for_cpu = layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="model: expected 4-bit weights that have a gradient, got '.*' packed for inf"):
+        EBFTTrainer(adapted(four_bits), config(), train_dataset=ROWS)
