@@ -180,6 +180,7 @@ def match_hidden_states(
     pooling: str = "last_token",
     normalize: str = "joint",
     token_mask: Tensor | None = None,
+    rollout_mask: Tensor | None = None,
     whitening: str = "none",
     alignment_coef: float = 1.0,
     diversity_coef: float = 1.0,
@@ -191,15 +192,16 @@ def match_hidden_states(
     """:func:`ebft_kernels.pool_features`, then :func:`feature_matching`, without the features in between. No gradient.
 
     On a GPU one kernel goes from the hidden states to the rewards and stores no features. It does so for the poolings
-    "last_token", "concat" and "token", ``groups`` of 1 or L, n <= 16, and dtypes below float64. Everything else is the
-    two calls one after the other, as it is for every other ``impl``: "mean" above all, whose tokens would have to be
-    read twice, which moves more memory than its features. The kernel does not round features to float32, so its results
-    differ from those of the two calls by what that rounding does.
+    "last_token", "concat" and "token", ``groups`` of 1 or L, n <= 16 and dtypes below float64. Everything else is the
+    two calls one after the other, as it is for every other ``impl``: a ``rollout_mask``, with which each rollout pools
+    rows of its own, and above all "mean", whose tokens would have to be read twice, which moves more memory than its
+    features. The kernel does not round features to float32, so its results differ from those of the two calls by what
+    that rounding does.
 
     Args:
         hidden_states: L tensors [B, S, C], the tapped layers; float64, float32, bfloat16 or float16, all alike.
         layout: the packed rows' layout, on the same device.
-        pooling, normalize, token_mask: as for :func:`ebft_kernels.pool_features`.
+        pooling, normalize, token_mask, rollout_mask: as for :func:`ebft_kernels.pool_features`.
         whitening, alignment_coef, diversity_coef, estimator, groups: as for :func:`feature_matching`.
         valid: [B, A] bool; every result is 0 for the other anchors. None: all are valid.
         impl: as for :func:`ebft_kernels.pool_features`.
@@ -211,7 +213,7 @@ def match_hidden_states(
         ValueError: a shape, device or option that does not fit, F not divisible by ``groups``.
         TypeError: another type or dtype.
     """
-    hidden_states = check_hidden_states(hidden_states, layout, token_mask)
+    hidden_states = check_hidden_states(hidden_states, layout, token_mask, rollout_mask)
     check_option("pooling", pooling, POOLINGS)
     check_option("normalize", normalize, NORMALIZATIONS)
     first, layers = hidden_states[0], len(hidden_states)
@@ -225,10 +227,10 @@ def match_hidden_states(
     resolved = resolve_impl("pool_features", impl, first.device, first.dtype)
     resolve_impl("feature_matching", impl, first.device, first.dtype, {"n": layout.samples})
     coefs = (float(alignment_coef), float(diversity_coef))
-    if resolved != "triton" or pooling == "mean" or groups not in (1, layers) or layout.samples > 16:
-        features = pool_features(
-            hidden_states, layout, pooling=pooling, normalize=normalize, token_mask=token_mask, impl=impl
-        )
+    in_one = resolved == "triton" and pooling != "mean" and groups in (1, layers) and layout.samples <= 16
+    if not in_one or rollout_mask is not None:
+        masks = {"token_mask": token_mask, "rollout_mask": rollout_mask}
+        features = pool_features(hidden_states, layout, pooling=pooling, normalize=normalize, impl=impl, **masks)
         return feature_matching(
             *features,
             whitening=whitening,

@@ -59,10 +59,7 @@ def pool_features(
         ValueError: no hidden states, a shape, device or option that does not fit.
         TypeError: another type or dtype.
     """
-    hidden_states = check_hidden_states(hidden_states, layout, token_mask)
-    if rollout_mask is not None:
-        sizes = {"B": layout.batch_size, "A": layout.num_anchors, "n": layout.samples, "G": layout.horizon}
-        check_tensor("rollout_mask", rollout_mask, "B A n G", sizes, dtype=torch.bool, device=layout.device)
+    hidden_states = check_hidden_states(hidden_states, layout, token_mask, rollout_mask)
     check_option("pooling", pooling, POOLINGS)
     check_option("normalize", normalize, NORMALIZATIONS)
     layers = len(hidden_states)
@@ -83,7 +80,9 @@ def pool_features(
     return _forward_op(hidden_states, rollout_rows, target_rows, weight, pooling, normalize, impl)
 
 
-def check_hidden_states(hidden_states: object, layout: object, token_mask: Tensor | None) -> list[Tensor]:
+def check_hidden_states(
+    hidden_states: object, layout: object, token_mask: Tensor | None, rollout_mask: Tensor | None
+) -> list[Tensor]:
     """The checked arguments of :func:`pool_features` and of what else starts from hidden states."""
     if not isinstance(layout, StridedLayout):
         raise TypeError(f"layout: expected a StridedLayout, got {type(layout).__name__}")
@@ -100,6 +99,9 @@ def check_hidden_states(hidden_states: object, layout: object, token_mask: Tenso
         check_tensor(f"hidden_states[{i}]", hidden, "B S C", sizes, dtype=dtype, device=layout.device)
     if token_mask is not None:
         check_tensor("token_mask", token_mask, "B P", sizes, dtype=torch.bool, device=layout.device)
+    if rollout_mask is not None:
+        sizes = {"B": layout.batch_size, "A": layout.num_anchors, "n": layout.samples, "G": layout.horizon}
+        check_tensor("rollout_mask", rollout_mask, "B A n G", sizes, dtype=torch.bool, device=layout.device)
     return hidden_states
 
 

@@ -291,6 +291,20 @@ def test_what_goes_through_stored_features(samples, changes, monkeypatch):
     assert not hidden_launches and len(launches) == 2
 
 
+def test_rollouts_that_end(monkeypatch):
+    """Each pools rows of its own, which the kernel for hidden states does not."""
+    hidden_launches = recorded_launches(monkeypatch, _triton_hidden)
+    layout = layout_of(3)
+    hidden = hidden_inputs(layout)
+    ends = torch.randint(1, layout.horizon + 1, (2, 2, 3, 1), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(layout.horizon) < ends).to(DEVICE)
+    result = match_hidden_states(hidden, layout, rollout_mask=mask, impl="triton")
+    expected = feature_matching(*pool_features(hidden, layout, rollout_mask=mask, impl="triton"), impl="triton")
+    whole = match_hidden_states(hidden, layout, impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert not torch.allclose(result.reward, whole.reward) and len(hidden_launches) == 1
+
+
 def test_hidden_states_are_read_where_they_are():
     """Views whose channels lie side by side; what is not finite stays in its anchor."""
     layout = layout_of(2)
@@ -348,6 +362,7 @@ BAD = [
     ({"estimator": "grpo"}, ValueError, "estimator: expected one of"),
     ({"groups": 2}, ValueError, "groups: expected a divisor of F = 3, got 2"),
     ({"valid": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"valid: expected shape \[B=2, A=2\]"),
+    ({"rollout_mask": torch.ones(2, 2, 2, 3, dtype=torch.bool)}, ValueError, "rollout_mask: expected shape"),
     ({"impl": "fast"}, ValueError, "impl: expected one of"),
 ]
 
