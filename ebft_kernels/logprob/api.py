@@ -36,8 +36,8 @@ def linear_log_probs(
     Args:
         hidden: [..., C] float64, float32, bfloat16 or float16.
         weight: [V, C], of the same dtype.
-        targets: [...] int64 or int32, each in ``0 .. V-1``; there is no ignore index. On an accelerator one outside
-            fails a device assertion, since an error would have to wait for the device.
+        targets: [...] int64 or int32, each in ``0 .. V-1``; there is no ignore index. On CUDA one outside fails a
+            device assertion, since an error would have to wait for the device.
         bias: [V], of the same dtype.
         temperature: divides the logits.
         softcap: bound of the logits.
@@ -50,8 +50,8 @@ def linear_log_probs(
         [...] float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a shape, device, option or, on the CPU, a target that does not fit (a RuntimeError of PyTorch for
-            the target with ``impl="reference"``).
+        ValueError: a shape, device, option or target that does not fit (``impl="reference"``: a RuntimeError of PyTorch
+            for the target).
         TypeError: another type or dtype.
     """
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
