@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib.metadata
 import json
 import math
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     A run that cannot go on (full disk, damaged checkpoint, numbers that are not finite) ends with code 1 and one line.
     """
     arguments = _parser().parse_args(argv)
+    atexit.register(_leave_ranks)
     try:
         work = arguments.prepare(arguments)
     except (ValueError, TypeError, OSError) as error:
@@ -95,6 +97,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (CheckpointError, FloatingPointError) as error:
         print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _leave_ranks() -> None:
+    """Close what connects this rank with others before the interpreter goes: a rank whose peer left first may abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:

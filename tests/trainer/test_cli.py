@@ -281,3 +281,10 @@ def test_info_names_versions_and_implementations(capsys):
 def test_a_command_is_needed(capsys):
     assert "arguments are required: COMMAND" in error_of(capsys, [])
     assert "invalid choice: 'trian'" in error_of(capsys, ["trian"])
+
+
+def test_ranks_are_left_before_the_interpreter_goes():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    cli._leave_ranks()
+    assert not torch.distributed.is_initialized()
+    cli._leave_ranks()
