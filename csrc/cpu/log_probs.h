@@ -18,8 +18,8 @@ struct LogitsTile {
 // each [rows], up to date.
 void softmax_add(const Execution& execution, const LogitsTile& tile, void* largest, void* total, void* at_target);
 
-// Overwrites the tile with upstream * (softmax - onehot(target)) * d logits / d data, from the largest logit, the logarithm of
-// the sum and upstream, each [rows].
+// Overwrites the tile with upstream * (softmax - onehot(target)) * d logits / d data, from the largest logit, the
+// logarithm of the sum and upstream, each [rows].
 void softmax_gradient(const Execution& execution, const LogitsTile& tile, const void* largest, const void* log_total,
                       const void* upstream);
 

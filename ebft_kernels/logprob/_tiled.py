@@ -72,7 +72,8 @@ def forward(
     largest, total = statistics
     largest.fill_(torch.finfo(dtype).min)
     at_target = torch.empty_like(largest)
-    for tile in _tiles(hidden, weight, targets, bias, temperature, softcap, scale, chunk_size):
+    shape = tile_shape(hidden.shape[0], weight.shape[0], dtype.itemsize, chunk_size, hidden.device.type)
+    for tile in _tiles(hidden, weight, targets, bias, temperature, softcap, scale, shape):
         add(tile, largest[tile.rows], total[tile.rows], at_target[tile.rows])
     return at_target.sub_(largest).sub_(total.log_()), statistics
 
@@ -93,15 +94,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias from ``grad`` [T]; an empty tensor for each that is not in ``needs``."""
     (rows, vocabulary), dtype = (hidden.shape[0], weight.shape[0]), statistics.dtype
-    tile_rows, tile_columns = tile_shape(rows, vocabulary, dtype.itemsize, chunk_size, hidden.device.type)
+    shape = tile_shape(rows, vocabulary, dtype.itemsize, chunk_size, hidden.device.type)
     # What has one summand only needs no wider sum.
     grad_hidden = hidden.new_zeros(
-        hidden.shape if needs[0] else 0, dtype=hidden.dtype if tile_columns == vocabulary else dtype
+        hidden.shape if needs[0] else 0, dtype=hidden.dtype if shape[1] == vocabulary else dtype
     )
-    grad_weight = hidden.new_zeros(weight.shape if needs[1] else 0, dtype=hidden.dtype if tile_rows == rows else dtype)
+    grad_weight = hidden.new_zeros(weight.shape if needs[1] else 0, dtype=hidden.dtype if shape[0] == rows else dtype)
     grad_bias = statistics.new_zeros(vocabulary if needs[2] else 0)
     upstream = grad * (-scale / temperature)
-    for tile in _tiles(hidden, weight, targets, bias, temperature, softcap, scale, chunk_size):
+    for tile in _tiles(hidden, weight, targets, bias, temperature, softcap, scale, shape):
         differentiate(tile, *statistics[:, tile.rows], upstream[tile.rows])
         if needs[0]:
             _add_product(grad_hidden[tile.rows], tile.data, weight[tile.columns])
@@ -136,13 +137,15 @@ def _tiles(
     temperature: float,
     softcap: float | None,
     scale: float,
-    chunk_size: int | None,
+    tile: tuple[int, int],
 ) -> Iterator[Tile]:
-    """All tiles, in the same memory one after the other: fresh pages for each would cost more than the softmax."""
+    """All tiles, of at most ``tile`` rows and columns, one after the other.
+
+    They lie in the same memory: fresh pages for each would cost more than the softmax.
+    """
     num_rows, vocabulary = hidden.shape[0], weight.shape[0]
     targets = targets.long().contiguous()
-    itemsize = torch.promote_types(hidden.dtype, torch.float32).itemsize
-    tile_rows, tile_columns = tile_shape(num_rows, vocabulary, itemsize, chunk_size, hidden.device.type)
+    tile_rows, tile_columns = tile
     memory = hidden.new_empty(tile_rows * tile_columns)
     factor = scale / (temperature if softcap is None else softcap)
     cap = 0.0 if softcap is None else softcap / temperature

@@ -228,7 +228,8 @@ def match_hidden_states(
     resolve_impl("feature_matching", impl, first.device, first.dtype, {"n": layout.samples})
     coefs = (float(alignment_coef), float(diversity_coef))
     in_one = resolved == "triton" and pooling != "mean" and groups in (1, layers) and layout.samples <= 16
-    if not in_one or rollout_mask is not None:
+    in_one = in_one and rollout_mask is None
+    if not in_one:
         masks = {"token_mask": token_mask, "rollout_mask": rollout_mask}
         features = pool_features(hidden_states, layout, pooling=pooling, normalize=normalize, impl=impl, **masks)
         return feature_matching(

@@ -317,21 +317,21 @@ def _storage(x: Tensor) -> torch.UntypedStorage:
 
 def _log_probs(on_cpu: bool, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
     """A tile of the logits in the model's dtype and, where PyTorch does the softmax, in that of sums."""
-    device, sum_bytes = "cpu" if on_cpu else "cuda", max(4, hidden.dtype.itemsize)
-    rows, columns = tile_shape(hidden.shape[0], weight.shape[0], sum_bytes, rest[-2], device)
-    widened = 0 if _native_log_probs(on_cpu, hidden) or hidden.dtype.itemsize >= 4 else sum_bytes
+    rows, columns, sum_bytes = _tile(on_cpu, hidden, weight, rest[-2])
+    widened = 0 if on_cpu and _native("linear_log_probs", hidden) or hidden.dtype.itemsize >= 4 else sum_bytes
     return rows * columns * (hidden.dtype.itemsize + widened)
 
 
-def _log_probs_backward(on_cpu: bool, _grad: Tensor, _lse: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
+def _log_probs_backward(
+    on_cpu: bool, _grad: Tensor, _statistics: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> int:
     """A tile, and the gradients that are summed in another dtype than they are returned in.
 
     With a soft cap in PyTorch, its derivative at the tile beside the square of its value.
     """
-    device, sum_bytes = "cpu" if on_cpu else "cuda", max(4, hidden.dtype.itemsize)
-    rows, columns = tile_shape(hidden.shape[0], weight.shape[0], sum_bytes, rest[-2], device)
+    rows, columns, sum_bytes = _tile(on_cpu, hidden, weight, rest[-2])
     total = _log_probs(on_cpu, hidden, weight, *rest)
-    if rest[4] is not None and not _native_log_probs(on_cpu, hidden):
+    if rest[4] is not None and not (on_cpu and _native("linear_log_probs", hidden)):
         total += 2 * rows * columns * sum_bytes
     if hidden.dtype.itemsize < 4:
         needs_hidden, needs_weight = rest[2][:2]
@@ -340,15 +340,18 @@ def _log_probs_backward(on_cpu: bool, _grad: Tensor, _lse: Tensor, hidden: Tenso
     return total
 
 
-def _native_log_probs(on_cpu: bool, hidden: Tensor) -> bool:
-    return on_cpu and select_impl("linear_log_probs", "cpu", hidden.dtype) == "native"
+def _tile(on_cpu: bool, hidden: Tensor, weight: Tensor, chunk_size: int | None) -> tuple[int, int, int]:
+    """Rows and columns of a tile of the logits, and the bytes of a number in sums over it."""
+    sum_bytes = max(4, hidden.dtype.itemsize)
+    shape = tile_shape(hidden.shape[0], weight.shape[0], sum_bytes, chunk_size, "cpu" if on_cpu else "cuda")
+    return *shape, sum_bytes
 
 
 def _attention(on_cpu: bool, q: Tensor, k: Tensor, v: Tensor, _sinks: Any, *ranges_and_options: Any) -> int:
     """On the CPU the prompt's keys and values, laid out for products."""
     if not on_cpu:
         return 0
-    if not _native_attention(q):
+    if not _native("strided_attention", q):
         return 4 * q.numel()  # queries with the heads that share keys side by side
     length = ranges_and_options[3]
     return 4 * math.prod(k.shape[:2]) * _padded(length) * (_padded(k.shape[3]) + _padded(v.shape[3]))
@@ -360,15 +363,16 @@ def _attention_backward(
     """The same with the keys twice, and their gradients by parts; on a GPU one float32 per row and head."""
     if not on_cpu:
         return 4 * math.prod(q.shape[:3])
-    if not _native_attention(q):
+    if not _native("strided_attention", q):
         return 4 * 4 * q.numel()  # of queries, outputs and their gradients
     length, heads, keys, values = rest[3], math.prod(k.shape[:2]), _padded(k.shape[3]), _padded(v.shape[3])
     parts = max(1, _PARTS // heads)
     return 4 * heads * (_padded(length) * (2 * keys + values) + parts * length * (keys + values))
 
 
-def _native_attention(q: Tensor) -> bool:
-    return select_impl("strided_attention", "cpu", q.dtype) == "native"
+def _native(op: str, x: Tensor) -> bool:
+    """Whether the compiled code runs ``op`` on tensors like this on a CPU."""
+    return select_impl(op, "cpu", x.dtype) == "native"
 
 
 def _padded(size: int) -> int:
