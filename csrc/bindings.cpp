@@ -94,36 +94,38 @@ void mean_embedding_backward(int isa, int threads, int dtype, const Sizes& sizes
   cpu::mean_embedding_backward(run, x, unbiased, grad_in, difference_in, rollouts_out, targets_out);
 }
 
-// `sizes`: rows, columns, the first column.
-cpu::LogitsTile logits_tile(int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets, double softcap) {
-  require(sizes.size() == 3 && sizes[0] >= 0 && sizes[1] >= 1 && sizes[2] >= 0,
-          "sizes: expected rows, at least one column, and the first column");
+// `sizes`: rows, columns, the first column, all targets.
+cpu::LogitsTile logits_tile(int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets, uintptr_t offsets,
+                            double softcap) {
+  require(sizes.size() == 4 && sizes[0] >= 0 && sizes[1] >= 1 && sizes[2] >= 0 && sizes[3] >= 0,
+          "sizes: expected rows, at least one column, the first column, and targets");
   require(softcap >= 0, "softcap: expected no negative one");
   const bool needed = sizes[0] > 0;
   return {checked_enum<cpu::Dtype>("dtype", dtype, 4), pointer(logits, needed), sizes[0], sizes[1], sizes[2],
-          array<const int64_t>(targets, needed), softcap};
+          array<const int64_t>(targets, sizes[3] > 0), array<const int64_t>(offsets, needed), softcap};
 }
 
 void softmax_add(int isa, int threads, int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets,
-                 double softcap, uintptr_t largest, uintptr_t total, uintptr_t at_target) {
+                 uintptr_t offsets, double softcap, uintptr_t largest, uintptr_t total, uintptr_t at_target) {
   const cpu::Execution run = execution(isa, threads);
-  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, softcap);
+  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, offsets, softcap);
   const bool needed = tile.rows > 0;
   void *largest_out = pointer(largest, needed), *total_out = pointer(total, needed);
-  void* target_out = pointer(at_target, needed);
+  void* target_out = pointer(at_target, sizes[3] > 0);
   const py::gil_scoped_release unlocked;
   cpu::softmax_add(run, tile, largest_out, total_out, target_out);
 }
 
 void softmax_gradient(int isa, int threads, int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets,
-                      double softcap, uintptr_t largest, uintptr_t log_total, uintptr_t upstream) {
+                      uintptr_t offsets, double softcap, uintptr_t largest, uintptr_t log_total,
+                      uintptr_t whole_upstream, uintptr_t upstream) {
   const cpu::Execution run = execution(isa, threads);
-  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, softcap);
+  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, offsets, softcap);
   const bool needed = tile.rows > 0;
   const void *largest_in = pointer(largest, needed), *total_in = pointer(log_total, needed);
-  const void* upstream_in = pointer(upstream, needed);
+  const void *whole_in = pointer(whole_upstream, needed), *upstream_in = pointer(upstream, sizes[3] > 0);
   const py::gil_scoped_release unlocked;
-  cpu::softmax_gradient(run, tile, largest_in, total_in, upstream_in);
+  cpu::softmax_gradient(run, tile, largest_in, total_in, whole_in, upstream_in);
 }
 
 std::vector<cpu::Layer> checked_layers(const Layers& layers, bool needed) {

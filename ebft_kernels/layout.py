@@ -336,15 +336,39 @@ class StridedLayout:
         Returns:
             [B, A, n, G, ...].
         """
-        sizes = self._sizes()
-        steps = self.horizon
+        return self._per_token(*self._predictors(x))
+
+    def distinct_predictors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of :meth:`predictors`, each once, and which of them predicts each rollout token.
+
+        All samples of an anchor have the predictor of their first token in common, so these are n-1 rows per anchor
+        fewer: what :func:`ebft_kernels.linear_log_probs` takes as ``hidden`` and ``rows``.
+
+        Args:
+            x: [B, S, ...] packed rows, or the rows of :meth:`without_last_step`.
+
+        Returns:
+            rows [B*A*(1 + n*(G-1)), ...] and index [B, A, n, G] int64: ``rows[index]`` is ``predictors(x)``.
+        """
+        first, later = self._predictors(x)
+        rows = torch.cat([first, later.flatten(1, 3)], 1)
+        number = torch.arange(rows.shape[:2].numel(), device=x.device).view(rows.shape[:2])
+        ahead = self.num_anchors
+        return rows.flatten(0, 1), self._per_token(number[:, :ahead], number[:, ahead:].view(later.shape[:4]))
+
+    def _predictors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The predictors of the rollouts' first tokens [B, A, ...] and of their later ones [B, A, n, G-1, ...]."""
+        sizes, steps = self._sizes(), self.horizon
         if x.ndim >= 2 and x.shape[1] == self.packed_length - self.num_anchors * self.samples:
             sizes["S"], steps = x.shape[1], steps - 1
         check_tensor("x", x, "B S ...", sizes)
-        first = self.anchor_rows(x)[:, :, None, None]  # [B, A, 1, 1, ...]
         own = x[:, self.length :].unflatten(1, (self.num_anchors, self.samples, steps))
-        own = own[:, :, :, : self.horizon - 1]  # [B, A, n, G-1, ...]
-        return torch.cat([first.expand(-1, -1, self.samples, *first.shape[3:]), own], 3)
+        return self.anchor_rows(x), own[:, :, :, : self.horizon - 1]
+
+    def _per_token(self, first: Tensor, later: Tensor) -> Tensor:
+        """What belongs to the first tokens [B, A, ...] of all samples, and to each later one: [B, A, n, G, ...]."""
+        first = first[:, :, None, None]
+        return torch.cat([first.expand(-1, -1, self.samples, *first.shape[3:]), later], 3)
 
     def windows(self, x: Tensor) -> Tensor:
         """The ground-truth windows ``x[a_b .. a_b + G)``: [B, >= P, ...] -> [B, A, G, ...] (packed rows will do)."""

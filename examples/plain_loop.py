@@ -24,11 +24,10 @@ def train(model: nn.Module, batches: Iterable[Tensor], *, learning_rate: float =
         rollouts, _ = sample_rollouts(model, prompt, layout, temperature=0.6)  # [B, A, n, G]
         packed = layout.pack(prompt, rollouts)  # [B, S]
         match = feature_matching(*phi(packed, layout), whitening="sample")
-        hidden = layout.predictors(hidden_states(model, packed, layout))  # [B, A, n, G, C]
+        hidden, rows = layout.distinct_predictors(hidden_states(model, packed, layout))  # [R, C] and [B, A, n, G]
         head = output_head(model)
-        log_probs = linear_log_probs(
-            hidden, head.weight, rollouts, bias=head.bias, temperature=0.6, softcap=head.softcap, scale=head.scale
-        )
+        options = {"bias": head.bias, "temperature": 0.6, "softcap": head.softcap, "scale": head.scale}
+        log_probs = linear_log_probs(hidden, head.weight, rollouts, rows=rows, **options)  # [B, A, n, G]
         loss = -(match.advantage[..., None] * log_probs).mean()
         loss.backward()
         optimizer.step()

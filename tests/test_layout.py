@@ -76,6 +76,14 @@ def test_predictors_windows_and_rollouts_name_the_right_rows(layout):
         assert windows[batch, index, step] == min(anchor + step, layout.length - 1)
 
 
+def test_distinct_predictors_are_the_predictors_each_once(layout):
+    for rows in (layout, layout.without_last_step()):
+        x = torch.arange(layout.batch_size * rows.packed_length).view(layout.batch_size, -1, 1)
+        distinct, index = layout.distinct_predictors(x)
+        assert distinct.shape[0] == layout.anchors.numel() * (1 + layout.samples * (layout.horizon - 1))
+        assert index.dtype == torch.int64 and torch.equal(distinct[index], layout.predictors(x))
+
+
 def test_the_policy_pass_needs_no_last_step(layout):
     """Its shorter rows give the same predictors, its mask is the full mask without the last step's rows and columns."""
     short = layout.without_last_step()
@@ -159,6 +167,8 @@ def test_an_empty_batch_has_every_shape():
     assert layout.dense_mask().shape == (0, 1, layout.packed_length, layout.packed_length)
     x = torch.zeros(0, layout.packed_length, 5)
     assert layout.predictors(x).shape == (0, layout.num_anchors, layout.samples, layout.horizon, 5)
+    rows, index = layout.distinct_predictors(x)
+    assert rows.shape == (0, 5) and index.shape == (0, layout.num_anchors, layout.samples, layout.horizon)
     assert layout.num_valid == 0
 
 
@@ -243,7 +253,7 @@ def test_index_methods_refuse_other_shapes():
         layout.pack(tokens[:, :23], layout.rollouts(tokens))
     with pytest.raises(ValueError, match=r"rollouts: expected shape \[B=2, A=5, n=2, G=4, \.\.\.\]"):
         layout.pack(tokens[:, :24], layout.rollouts(tokens)[:, :1])
-    for method in (layout.rollouts, layout.predictors, layout.to_reference_order):
+    for method in (layout.rollouts, layout.predictors, layout.distinct_predictors, layout.to_reference_order):
         with pytest.raises(ValueError, match=r"x: expected shape \[B=2, S=64, \.\.\.\], got \[2, 63\]"):
             method(tokens[:, :63])
     with pytest.raises(ValueError, match=r"x: expected shape \[4, 44, \.\.\.\]"):

@@ -34,6 +34,12 @@ struct Execution {
   int threads;
 };
 
+// Targets of one row of logits; columns are counted from column 0 of all logits, of which the row may be a part.
+struct RowTargets {
+  const int64_t* ids;
+  int64_t count, first_column;
+};
+
 // Rows are contiguous and need no alignment. Sums are float64, but for those of weighted_sum, in an order that depends
 // on the instruction set and the length of the rows alone.
 struct Kernels {
@@ -76,14 +82,15 @@ struct Kernels {
   void (*add_parts)(void* sums, int64_t step, int64_t parts, int64_t begin, int64_t end, int64_t size,
                     const Heads& grads, int64_t batch, int64_t kv_head);
 
-  // For log-probabilities; statistics are float32 (float64 for float64). `target` is counted from the row's first
-  // column and may lie outside; `softcap` as in LogitsTile. Adds a row to its statistics.
-  void (*softmax_add)(const void* row, int64_t columns, double softcap, int64_t target, void* largest, void* total,
-                      void* at_target);
+  // For log-probabilities; statistics, and what is given or found per target, are float32 (float64 for float64).
+  // `softcap` as in LogitsTile. Adds a row to its statistics.
+  void (*softmax_add)(const void* row, int64_t columns, double softcap, const RowTargets& targets, void* largest,
+                      void* total, void* at_target);
 
-  // Overwrites a row with upstream * (exp(logit - largest - log_total) - onehot(target)) * d logit / d row.
-  void (*softmax_gradient)(void* row, int64_t columns, double softcap, int64_t target, const void* largest,
-                           const void* log_total, const void* upstream);
+  // Overwrites a row with whole_upstream * exp(logit - largest - log_total), minus upstream at its targets, times
+  // d logit / d row.
+  void (*softmax_gradient)(void* row, int64_t columns, double softcap, const RowTargets& targets, const void* largest,
+                           const void* log_total, const void* whole_upstream, const void* upstream);
 };
 
 // The instruction sets that this machine can run, the best last.

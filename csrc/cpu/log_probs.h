@@ -6,21 +6,23 @@
 namespace ebft::cpu {
 
 // Columns `first` to `first + columns` of the logits of some rows, contiguous; sums are float32 (float64 for float64).
+// Each row has any number of targets; T of all rows of all tiles lie row after row.
 struct LogitsTile {
   Dtype dtype;
   void* data;  // [rows, columns]
   int64_t rows, columns, first;
-  const int64_t* targets;  // [rows], counted from column 0
+  const int64_t* targets;  // [T], counted from column 0
+  const int64_t* offsets;  // [rows + 1], where the targets of each row begin
   double softcap;          // the logits are softcap * tanh(data), or data itself where it is 0
 };
 
-// Brings the largest logit so far, the sum of exp(logit - largest) and, if it is in this tile, the logit of the target,
-// each [rows], up to date.
+// Brings the largest logit so far and the sum of exp(logit - largest), each [rows], and the logits of the targets that
+// are in this tile, [T], up to date.
 void softmax_add(const Execution& execution, const LogitsTile& tile, void* largest, void* total, void* at_target);
 
-// Overwrites the tile with upstream * (softmax - onehot(target)) * d logits / d data, from the largest logit, the
-// logarithm of the sum and upstream, each [rows].
+// Overwrites the tile with the sum of upstream * (softmax - onehot(target)) over a row's targets, times d logits / d
+// data, from the largest logit, the logarithm of the sum and the sum of upstream, each [rows], and upstream [T].
 void softmax_gradient(const Execution& execution, const LogitsTile& tile, const void* largest, const void* log_total,
-                      const void* upstream);
+                      const void* whole_upstream, const void* upstream);
 
 }  // namespace ebft::cpu

@@ -16,20 +16,21 @@ def _add(tile: Tile, largest: Tensor, total: Tensor, at_target: Tensor) -> None:
     _run("softmax_add", tile, largest, total, at_target)
 
 
-def _differentiate(tile: Tile, largest: Tensor, log_total: Tensor, upstream: Tensor) -> None:
-    _run("softmax_gradient", tile, largest, log_total, upstream)
+def _differentiate(tile: Tile, largest: Tensor, log_total: Tensor, whole_upstream: Tensor, upstream: Tensor) -> None:
+    _run("softmax_gradient", tile, largest, log_total, whole_upstream, upstream)
 
 
-def _run(kernel: str, tile: Tile, *rows: Tensor) -> None:
+def _run(kernel: str, tile: Tile, *numbers: Tensor) -> None:
     _native.run(
         kernel,
         tile.data.device,
         _native.DTYPES[tile.data.dtype],
-        (*tile.data.shape, tile.columns.start),
+        (*tile.data.shape, tile.columns.start, len(tile.targets.ids)),
         tile.data.data_ptr(),
-        tile.targets.data_ptr(),
+        tile.targets.ids.data_ptr(),
+        tile.targets.offsets[tile.rows.start :].data_ptr(),
         tile.softcap,
-        *(x.data_ptr() for x in rows),
+        *(x.data_ptr() for x in numbers),
     )
 
 

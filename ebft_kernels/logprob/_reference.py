@@ -12,6 +12,7 @@ def linear_log_probs(
     weight: Tensor,
     targets: Tensor,
     *,
+    rows: Tensor | None,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
@@ -23,4 +24,6 @@ def linear_log_probs(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     log_probs = torch.log_softmax(logits / temperature, -1)
+    if rows is not None:
+        log_probs = log_probs.reshape(-1, len(weight)).index_select(0, rows.flatten()).view(*rows.shape, len(weight))
     return log_probs.gather(-1, targets.long()[..., None])[..., 0]

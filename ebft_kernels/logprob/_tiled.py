@@ -20,6 +20,23 @@ MIN_ROWS = 256
 CPU_ROWS, CPU_COLUMNS = 4096, 64
 
 
+class Targets(NamedTuple):
+    """The T scored tokens in the order of their rows."""
+
+    ids: Tensor  # [T] int64
+    rows: Tensor  # [T] int64, ascending
+    offsets: Tensor  # [R + 1] int64, where the targets of each row begin
+    order: Tensor | None  # [T] int64, where each stands among those that were given; None: they have this order
+
+    def sort(self, x: Tensor) -> Tensor:
+        """Numbers [T] of the targets as they were given, in this order."""
+        return x if self.order is None else x[self.order]
+
+    def unsort(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return x if self.order is None else torch.empty_like(x).scatter_(0, self.order, x)
+
+
 class Tile(NamedTuple):
     """Rows and columns of ``hidden W^T + bias``, times a factor; the logits over the temperature are
     ``softcap * tanh(data)``, or ``data`` itself where ``softcap`` is 0."""
@@ -27,15 +44,17 @@ class Tile(NamedTuple):
     rows: slice
     columns: slice
     data: Tensor  # [M, N] in the dtype of hidden
-    targets: Tensor  # [M] int64, counted from column 0
+    targets: Targets  # of all rows and columns
     softcap: float
 
 
-#: Brings the largest logit so far, the sum of ``exp(logit - largest)`` and the target's logit, each [M], up to date.
+#: Brings the largest logit so far and the sum of ``exp(logit - largest)``, each [M], and the targets' logits, [T], up to
+#: date.
 Add = Callable[[Tile, Tensor, Tensor, Tensor], None]
-#: Overwrites ``data`` with ``upstream * (softmax - onehot(target)) * d logits / d data``, from the largest logit, the
-#: logarithm of the sum and upstream, each [M].
-Differentiate = Callable[[Tile, Tensor, Tensor, Tensor], None]
+#: Overwrites ``data`` with the sum of ``upstream * (softmax - onehot(target))`` over the targets of each row, times
+#: ``d logits / d data``, from the largest logit, the logarithm of the sum and the sum of upstream, each [M], and
+#: upstream [T].
+Differentiate = Callable[[Tile, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def tile_shape(rows: int, vocabulary: int, itemsize: int, chunk_size: int | None, device_type: str) -> tuple[int, int]:
@@ -53,6 +72,7 @@ def forward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    rows: Tensor | None,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
@@ -60,22 +80,27 @@ def forward(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T], and of the logits the largest and the logarithm of the sum of ``exp(logit - largest)``,
-    [2, T], from hidden [T, C], weight [V, C], targets [T].
+    [2, R], from hidden [R, C], weight [V, C], targets [T] and their rows [T].
 
     The two are not added up: the logits of likely tokens are near the largest, and their distance from it has digits
     that a log-sum-exp of its size has not.
     """
-    _check_targets(targets, weight.shape[0])
+    _check_range("targets", "ids", targets, weight.shape[0])
+    if rows is not None:
+        _check_range("rows", "rows of hidden", rows, hidden.shape[0])
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     # Not -inf: beside it a tile of nothing but -inf, such as a vocabulary's padding, would give NaN.
     statistics = hidden.new_zeros(2, hidden.shape[0], dtype=dtype)
     largest, total = statistics
     largest.fill_(torch.finfo(dtype).min)
-    at_target = torch.empty_like(largest)
+    scored = _by_row(targets, rows, hidden.shape[0])
+    at_target = statistics.new_empty(targets.shape)
     shape = tile_shape(hidden.shape[0], weight.shape[0], dtype.itemsize, chunk_size, hidden.device.type)
-    for tile in _tiles(hidden, weight, targets, bias, temperature, softcap, scale, shape):
-        add(tile, largest[tile.rows], total[tile.rows], at_target[tile.rows])
-    return at_target.sub_(largest).sub_(total.log_()), statistics
+    for tile in _tiles(hidden, weight, scored, bias, temperature, softcap, scale, shape):
+        add(tile, largest[tile.rows], total[tile.rows], at_target)
+    total.log_()
+    log_probs = at_target.sub_(largest[scored.rows]).sub_(total[scored.rows])
+    return scored.unsort(log_probs), statistics
 
 
 def backward(
@@ -85,6 +110,7 @@ def backward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    rows: Tensor | None,
     bias: Tensor | None,
     needs: list[bool],
     temperature: float,
@@ -93,17 +119,21 @@ def backward(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias from ``grad`` [T]; an empty tensor for each that is not in ``needs``."""
-    (rows, vocabulary), dtype = (hidden.shape[0], weight.shape[0]), statistics.dtype
-    shape = tile_shape(rows, vocabulary, dtype.itemsize, chunk_size, hidden.device.type)
+    (num_rows, vocabulary), dtype = (hidden.shape[0], weight.shape[0]), statistics.dtype
+    shape = tile_shape(num_rows, vocabulary, dtype.itemsize, chunk_size, hidden.device.type)
     # What has one summand only needs no wider sum.
     grad_hidden = hidden.new_zeros(
         hidden.shape if needs[0] else 0, dtype=hidden.dtype if shape[1] == vocabulary else dtype
     )
-    grad_weight = hidden.new_zeros(weight.shape if needs[1] else 0, dtype=hidden.dtype if shape[0] == rows else dtype)
+    grad_weight = hidden.new_zeros(
+        weight.shape if needs[1] else 0, dtype=hidden.dtype if shape[0] == num_rows else dtype
+    )
     grad_bias = statistics.new_zeros(vocabulary if needs[2] else 0)
-    upstream = grad * (-scale / temperature)
-    for tile in _tiles(hidden, weight, targets, bias, temperature, softcap, scale, shape):
-        differentiate(tile, *statistics[:, tile.rows], upstream[tile.rows])
+    scored = _by_row(targets, rows, num_rows)
+    upstream = scored.sort(grad) * (-scale / temperature)
+    whole_upstream = torch.zeros_like(statistics[0]).index_put_((scored.rows,), upstream, accumulate=True)
+    for tile in _tiles(hidden, weight, scored, bias, temperature, softcap, scale, shape):
+        differentiate(tile, *statistics[:, tile.rows], whole_upstream[tile.rows], upstream)
         if needs[0]:
             _add_product(grad_hidden[tile.rows], tile.data, weight[tile.columns])
         if needs[1]:
@@ -120,19 +150,28 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    inside = ((targets >= 0) & (targets < vocabulary)).all()
-    if targets.device.type == "cuda":  # without waiting for the device
-        torch._assert_async(inside, f"targets: expected ids from 0 to {vocabulary - 1}")
+def _check_range(name: str, what: str, index: Tensor, size: int) -> None:
+    inside = ((index >= 0) & (index < size)).all()
+    if index.device.type == "cuda":  # without waiting for the device
+        torch._assert_async(inside, f"{name}: expected {what} from 0 to {size - 1}")
     elif not inside:
-        wrong = targets[(targets < 0) | (targets >= vocabulary)][0].item()
-        raise ValueError(f"targets: expected ids from 0 to {vocabulary - 1}, got {wrong}")
+        wrong = index[(index < 0) | (index >= size)][0].item()
+        raise ValueError(f"{name}: expected {what} from 0 to {size - 1}, got {wrong}")
+
+
+def _by_row(targets: Tensor, rows: Tensor | None, num_rows: int) -> Targets:
+    """Targets [T] of the rows [T], or one of each row."""
+    ids, every = targets.long().contiguous(), torch.arange(num_rows + 1, device=targets.device)
+    if rows is None:
+        return Targets(ids, every[:-1], every, None)
+    rows, order = rows.long().sort(stable=True)
+    return Targets(ids[order], rows, torch.searchsorted(rows, every), order)
 
 
 def _tiles(
     hidden: Tensor,
     weight: Tensor,
-    targets: Tensor,
+    targets: Targets,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
@@ -144,7 +183,6 @@ def _tiles(
     They lie in the same memory: fresh pages for each would cost more than the softmax.
     """
     num_rows, vocabulary = hidden.shape[0], weight.shape[0]
-    targets = targets.long().contiguous()
     tile_rows, tile_columns = tile
     memory = hidden.new_empty(tile_rows * tile_columns)
     factor = scale / (temperature if softcap is None else softcap)
@@ -163,4 +201,4 @@ def _tiles(
                 alpha=factor,
                 out=data,
             )
-            yield Tile(rows, columns, data, targets[rows], cap)
+            yield Tile(rows, columns, data, targets, cap)

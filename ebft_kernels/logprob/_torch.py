@@ -13,22 +13,21 @@ from ._tiled import Tile
 
 def _add(tile: Tile, largest: Tensor, total: Tensor, at_target: Tensor) -> None:
     logits, _ = _logits(tile, largest.dtype)
-    index, inside = _target(tile)
-    torch.where(inside, logits.gather(1, index[:, None])[:, 0], at_target, out=at_target)
+    index, inside = _targets(tile)
+    torch.where(inside, logits[index], at_target, out=at_target)
     before = largest.clone()
     torch.maximum(largest, logits.amax(1), out=largest)
     added = logits.sub_(largest[:, None]).exp_().sum(1)
     total.mul_(before.sub_(largest).exp_()).add_(added)
 
 
-def _differentiate(tile: Tile, largest: Tensor, log_total: Tensor, upstream: Tensor) -> None:
+def _differentiate(tile: Tile, largest: Tensor, log_total: Tensor, whole_upstream: Tensor, upstream: Tensor) -> None:
     logits, slope = _logits(tile, largest.dtype, slope=True)
-    index, inside = _target(tile)
-    logits.sub_(largest[:, None]).sub_(log_total[:, None]).exp_()
-    logits.scatter_add_(1, index[:, None], inside[:, None].to(logits.dtype).neg_())
+    index, inside = _targets(tile)
+    logits.sub_(largest[:, None]).sub_(log_total[:, None]).exp_().mul_(whole_upstream[:, None])
+    logits.index_put_(index, upstream.where(inside, 0).neg_(), accumulate=True)
     if slope is not None:
         logits.mul_(slope)
-    logits.mul_(upstream[:, None])
     if logits is not tile.data:
         tile.data.copy_(logits)
 
@@ -44,11 +43,13 @@ def _logits(tile: Tile, dtype: torch.dtype, *, slope: bool = False) -> tuple[Ten
     return logits.mul_(tile.softcap), derivative
 
 
-def _target(tile: Tile) -> tuple[Tensor, Tensor]:
-    """Where the targets [M] are among the columns of a tile, and whether; elsewhere any column."""
-    index, last = tile.targets - tile.columns.start, tile.data.shape[1] - 1
-    inside = (index >= 0) & (index <= last)
-    return index.clamp_(0, last), inside
+def _targets(tile: Tile) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Where the targets [T] are in a tile, and whether; those that are not, anywhere."""
+    where = tile.targets.rows - tile.rows.start, tile.targets.ids - tile.columns.start
+    last = [size - 1 for size in tile.data.shape]
+    outside = [(index < 0) | (index > most) for index, most in zip(where, last, strict=True)]
+    row, column = (index.clamp(0, most) for index, most in zip(where, last, strict=True))
+    return (row, column), ~(outside[0] | outside[1])
 
 
 forward = partial(_tiled.forward, _add)

@@ -15,6 +15,7 @@ def linear_log_probs(
     weight: Tensor,
     targets: Tensor,
     *,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -22,7 +23,7 @@ def linear_log_probs(
     chunk_size: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``log p(target)`` of every row under an output head, without the [T, V] logits of all T rows at once.
+    """``log p(target)`` of every row under an output head, without the [R, V] logits of all R rows at once.
 
         logits   = scale * (hidden W^T + bias)         then, with ``softcap``: softcap * tanh(logits / softcap)
         log p(t) = log_softmax(logits / temperature)[t]
@@ -38,6 +39,9 @@ def linear_log_probs(
         weight: [V, C], of the same dtype.
         targets: [...] int64 or int32, each in ``0 .. V-1``; there is no ignore index. On CUDA one outside fails a
             device assertion, since an error would have to wait for the device.
+        rows: int64 or int32 of the shape of ``targets``, which is any then: the row that scores each target, counted
+            over all leading axes of ``hidden``, as of ``hidden.view(-1, C)``. Several targets of a row cost no more
+            than one, and a row may have none. None: one target for each row.
         bias: [V], of the same dtype.
         temperature: divides the logits.
         softcap: bound of the logits.
@@ -47,11 +51,11 @@ def linear_log_probs(
         impl: "auto", "reference", "torch", ...; see :func:`ebft_kernels.available_impls`.
 
     Returns:
-        [...] float32 (float64 for float64 inputs).
+        float32 (float64 for float64 inputs), of the shape of ``targets``.
 
     Raises:
-        ValueError: a shape, device, option or target that does not fit (``impl="reference"``: a RuntimeError of PyTorch
-            for the target).
+        ValueError: a shape, device, option, target or row that does not fit (``impl="reference"``: an error of
+            PyTorch for target and row).
         TypeError: another type or dtype.
     """
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
@@ -59,8 +63,11 @@ def linear_log_probs(
     check_tensor("hidden", hidden, "... C", sizes, dtype=FLOATING)
     check_tensor("weight", weight, "V C", sizes, dtype=hidden.dtype, device=hidden.device)
     check_tensor("targets", targets, "...", sizes, dtype=INTEGER, device=hidden.device)
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"targets: expected shape {list(hidden.shape[:-1])}, got {list(targets.shape)}")
+    if rows is None:
+        _check_shape("targets", targets, hidden.shape[:-1])
+    else:
+        check_tensor("rows", rows, "...", sizes, dtype=INTEGER, device=hidden.device)
+        _check_shape("rows", rows, targets.shape)
     if min(sizes["V"], sizes["C"]) < 1:
         raise ValueError(f"weight: expected at least one token and one channel, got {list(weight.shape)}")
     if bias is not None:
@@ -74,14 +81,20 @@ def linear_log_probs(
     impl = resolve_impl("linear_log_probs", impl, hidden.device, hidden.dtype)
     if impl == "reference":
         return _reference.linear_log_probs(
-            hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap, scale=scale
+            hidden, weight, targets, rows=rows, bias=bias, temperature=temperature, softcap=softcap, scale=scale
         )
     options = (float(temperature), None if softcap is None else float(softcap), float(scale), chunk_size, impl)
-    log_probs, _ = _forward_op(hidden.reshape(-1, sizes["C"]), weight, targets.reshape(-1), bias, *options)
+    scored = targets.reshape(-1), None if rows is None else rows.reshape(-1)
+    log_probs, _ = _forward_op(hidden.reshape(-1, sizes["C"]), weight, *scored, bias, *options)
     return log_probs.view(targets.shape)
 
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? bias"
+def _check_shape(name: str, x: Tensor, shape: torch.Size) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+
+
+_INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? rows, Tensor? bias"
 _OPTIONS = "float temperature, float? softcap, float scale, SymInt? chunk_size, str impl"
 
 
@@ -90,17 +103,17 @@ _OPTIONS = "float temperature, float? softcap, float scale, SymInt? chunk_size, 
     mutates_args=(),
     schema=f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)",
 )
-def _forward_op(hidden, weight, targets, bias, *options):
-    """Log-probabilities [T] and the softmax's statistics [2, T], from hidden [T, C]."""
+def _forward_op(hidden, weight, targets, rows, bias, *options):
+    """Log-probabilities [T] and the softmax's statistics [2, R], from hidden [R, C] and targets [T] of the rows [T]."""
     *options, impl = options
     with torch.autocast(hidden.device.type, enabled=False):
-        return implementation("linear_log_probs", impl).forward(hidden, weight, targets, bias, *options)
+        return implementation("linear_log_probs", impl).forward(hidden, weight, targets, rows, bias, *options)
 
 
 @_forward_op.register_fake
-def _(hidden, *_rest):
+def _(hidden, _weight, targets, *_rest):
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return hidden.new_empty(hidden.shape[0], dtype=dtype), hidden.new_empty(2, hidden.shape[0], dtype=dtype)
+    return hidden.new_empty(targets.shape, dtype=dtype), hidden.new_empty(2, hidden.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op(
@@ -108,16 +121,16 @@ def _(hidden, *_rest):
     mutates_args=(),
     schema=f"(Tensor grad, Tensor statistics, {_INPUTS}, bool[] needs, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward_op(grad, statistics, hidden, weight, targets, bias, needs, *options):
+def _backward_op(grad, statistics, hidden, weight, targets, rows, bias, needs, *options):
     """Gradients of hidden, weight and bias, in their dtype; an empty tensor for each that is not needed."""
     *options, impl = options
     with torch.autocast(hidden.device.type, enabled=False):
         module = implementation("linear_log_probs", impl)
-        return module.backward(grad, statistics, hidden, weight, targets, bias, needs, *options)
+        return module.backward(grad, statistics, hidden, weight, targets, rows, bias, needs, *options)
 
 
 @_backward_op.register_fake
-def _(_grad, _statistics, hidden, weight, _targets, bias, needs, *_options):
+def _(_grad, _statistics, hidden, weight, _targets, _rows, bias, needs, *_options):
     return tuple(
         x.new_empty(x.shape) if need else hidden.new_empty(0)
         for x, need in zip((hidden, weight, bias), needs, strict=True)
@@ -125,22 +138,22 @@ def _(_grad, _statistics, hidden, weight, _targets, bias, needs, *_options):
 
 
 def _save_for_backward(ctx, inputs, output):
-    hidden, weight, targets, bias, *ctx.options = inputs
+    hidden, weight, targets, rows, bias, *ctx.options = inputs
     _log_probs, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(statistics, hidden, weight, targets, bias)
+    ctx.save_for_backward(statistics, hidden, weight, targets, rows, bias)
 
 
 def _differentiate(ctx, grad, _grad_statistics):
     options = (None,) * len(ctx.options)
     if grad is None:
-        return None, None, None, None, *options
-    hidden, weight, _, bias = ctx.needs_input_grad[:4]
+        return None, None, None, None, None, *options
+    hidden, weight, _, _, bias = ctx.needs_input_grad[:5]
     needs = [hidden, weight, bias]
     grads = _backward_op(grad, *ctx.saved_tensors, needs, *ctx.options)
     hidden, weight, bias = (x if need else None for x, need in zip(grads, needs, strict=True))
-    return hidden, weight, None, bias, *options
+    return hidden, weight, None, None, bias, *options
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -208,14 +208,11 @@ def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: J
         hidden = hidden_states(model, _tokens(short, short.packed_length), short)
         scored = []
         if job.samples_rollouts:
-            scored.append(layout.predictors(hidden))
+            scored.append(layout.distinct_predictors(hidden))
         if job.scores_prompt:
-            scored.append(hidden[:, : layout.length - 1])
+            scored.append((hidden[:, : layout.length - 1], None))
         del hidden
-        options = {"softcap": _softcap(model)}
-        loss = sum(
-            linear_log_probs(x, head, torch.zeros_like(x[..., 0], dtype=torch.int64), **options).mean() for x in scored
-        )
+        loss = sum(_score(x, head, rows, _softcap(model)).mean() for x, rows in scored)
         del scored
     saved = ledger.held - before
     hooks = [x.register_post_accumulate_grad_hook(lambda x: ledger.tag(GRADIENTS, x.grad)) for x in trained]
@@ -227,6 +224,11 @@ def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: J
         hook.remove()
     model.zero_grad(set_to_none=True)
     return saved
+
+
+def _score(hidden: Tensor, head: Tensor, rows: Tensor | None, softcap: float | None) -> Tensor:
+    targets = torch.zeros_like(hidden[..., 0] if rows is None else rows, dtype=torch.int64)
+    return linear_log_probs(hidden, head, targets, rows=rows, softcap=softcap)
 
 
 def _softcap(model: nn.Module) -> float | None:
@@ -331,10 +333,10 @@ def _log_probs_backward(
     """
     rows, columns, sum_bytes = _tile(on_cpu, hidden, weight, rest[-2])
     total = _log_probs(on_cpu, hidden, weight, *rest)
-    if rest[4] is not None and not (on_cpu and _native("linear_log_probs", hidden)):
+    if rest[5] is not None and not (on_cpu and _native("linear_log_probs", hidden)):
         total += 2 * rows * columns * sum_bytes
     if hidden.dtype.itemsize < 4:
-        needs_hidden, needs_weight = rest[2][:2]
+        needs_hidden, needs_weight = rest[3][:2]
         total += sum_bytes * hidden.numel() * (needs_hidden and columns < weight.shape[0])
         total += sum_bytes * weight.numel() * (needs_weight and rows < hidden.shape[0])
     return total

@@ -49,7 +49,8 @@ def policy_log_probs(
     short = layout.without_last_step()
 
     def score(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, P + A*n*(G-1), C]
-        log_probs = _score(layout.predictors(hidden), head, rollouts, temperature)
+        rows, index = layout.distinct_predictors(hidden)
+        log_probs = _score(rows, head, rollouts, temperature, index)
         return (log_probs, _score_prompt(hidden, head, prompt)) if score_prompt else (log_probs,)
 
     log_probs, *text_log_probs = apply_head(model, short.pack(prompt, rollouts[..., :-1]), short, score)
@@ -157,11 +158,14 @@ def check_batch(prompt: object, layout: object, token_mask: object) -> None:
         check_tensor("token_mask", token_mask, "B P", sizes, dtype=torch.bool, device=layout.device)
 
 
-def _score(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float) -> Tensor:
+def _score(
+    hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float, rows: Tensor | None = None
+) -> Tensor:
     return linear_log_probs(
         hidden.to(head.weight.dtype),
         head.weight,
         targets,
+        rows=rows,
         bias=head.bias,
         temperature=temperature,
         softcap=head.softcap,

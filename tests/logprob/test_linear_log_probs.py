@@ -67,26 +67,39 @@ def test_agrees_with_one_softmax_per_row(with_bias, head, impl):
         assert (actual - expected).abs().max() <= 11 * 30 * 2.5 * EPS
 
 
-def eager(hidden, weight, targets, bias, *, temperature=1.0, softcap=None, scale=1.0) -> Tensor:
+def eager(hidden, weight, targets, bias, *, rows=None, temperature=1.0, softcap=None, scale=1.0) -> Tensor:
     """The output head in the dtype of its weights, then float32 (float64), as transformers does it."""
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    return torch.log_softmax(logits / temperature, -1).gather(-1, targets[:, None])[:, 0]
+    rows = torch.arange(len(hidden)) if rows is None else rows
+    return torch.log_softmax(logits / temperature, -1)[rows, targets]
 
 
-def assert_right(dtype: torch.dtype, sizes: tuple[int, int, int], **options) -> None:
-    """Values and gradients within the error budget, for sizes T, C, V; the types as they should be."""
+def several_per_row(num_rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Rows and targets [T] in no order: none of row 0, 6 equal ones of row 1, for other rows up to 3 that may be equal."""
+    generator = torch.Generator().manual_seed(4)
+    rows = 2 + torch.randint(num_rows - 2, (3 * num_rows // 2,), generator=generator)
+    targets = torch.randint(vocabulary, rows.shape, generator=generator)
+    order = torch.randperm(len(rows) + 6, generator=generator)
+    rows, targets = torch.cat([rows, torch.full((6,), 1)]), torch.cat([targets, torch.full((6,), vocabulary - 1)])
+    return rows[order], targets[order]
+
+
+def assert_right(dtype: torch.dtype, sizes: tuple[int, int, int], *, several: bool = False, **options) -> None:
+    """Values and gradients within the error budget, for sizes R, C, V; the types as they should be."""
     hidden, weight, targets, bias = inputs(*sizes, dtype=dtype)
+    if several:
+        options["rows"], targets = several_per_row(sizes[0], sizes[2])
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     exact = [x.detach().double().requires_grad_() for x in leaves]
     actual = results_and_gradients(linear_log_probs(*leaves[:2], targets, bias=bias, **options), leaves)
-    head = {name: options[name] for name in ("temperature", "softcap", "scale") if name in options}
+    head = {name: options[name] for name in ("rows", "temperature", "softcap", "scale") if name in options}
     plain = results_and_gradients(eager(hidden, weight, targets, bias, **head), leaves)
-    truth = linear_log_probs(*exact[:2], targets, bias=exact[2], impl="reference", **head)
+    truth = eager(*exact[:2], targets, exact[2], **head)
     # The same upstream gradient for all, rounded to the type of the results.
-    upstream = torch.randn(sizes[0], generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     upstream = upstream.to(actual[0].dtype)
     truth = [truth.detach(), *torch.autograd.grad(truth, exact, upstream.double())]
     assert [z.dtype for z in actual] == [torch.promote_types(dtype, torch.float32), dtype, dtype, dtype]
@@ -122,6 +135,43 @@ def test_the_size_of_tiles_does_not_matter(dtype, rows, monkeypatch):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", (7, 60))
+def test_several_targets_of_a_row(rows, dtype, impl, monkeypatch):
+    small_tiles(monkeypatch, rows)
+    for head in (HEADS[1], HEADS[-1]):
+        assert_right(dtype, (60, 48, 200), several=True, impl=impl, **head)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", ((), (4,), (2, 3, 2), (0,)))
+def test_targets_of_rows_have_any_shape(shape, impl):
+    hidden, weight, _, _ = inputs(6, vocabulary=9)
+    rows, targets = (torch.randint(size, shape, generator=torch.Generator().manual_seed(size)) for size in (6, 9))
+    expected = hidden.matmul(weight.mT).log_softmax(-1)[rows, targets]
+    for dtype in (torch.int64, torch.int32):
+        leaf = hidden.view(2, 3, 10).clone().requires_grad_()
+        result = linear_log_probs(leaf, weight, targets.to(dtype), rows=rows.to(dtype), impl=impl)
+        assert result.shape == shape
+        assert (result - expected).abs().sum() <= 100 * EPS
+        result.sum().backward()
+        assert leaf.grad.shape == leaf.shape
+    one = linear_log_probs(hidden[0], weight, targets, rows=torch.zeros_like(rows), impl=impl)
+    assert (one - hidden[0].matmul(weight.mT).log_softmax(-1)[targets]).abs().sum() <= 100 * EPS
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_target_for_each_row_is_the_default(impl):
+    hidden, weight, targets, bias = inputs()
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    results = [
+        results_and_gradients(linear_log_probs(hidden, weight, targets, rows=rows, bias=bias, impl=impl), leaves)
+        for rows in (None, torch.arange(13))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_tokens_that_are_ruled_out(impl, monkeypatch):
     """A bias of -inf, such as for the vocabulary's padding, also if it fills the first and the last tile."""
     hidden, weight, targets, bias = inputs(13, 10, 200)
@@ -141,10 +191,12 @@ def test_tokens_that_are_ruled_out(impl, monkeypatch):
 def test_gradcheck(head, impl):
     hidden, weight, targets, bias = inputs(5, 3, 7)
 
-    def log_probs(hidden, weight, bias):
-        return linear_log_probs(hidden, weight, targets, bias=bias, chunk_size=2, impl=impl, **head)
+    for scored in ({}, {"rows": torch.tensor([4, 1, 1, 0, 1])}):
 
-    assert torch.autograd.gradcheck(log_probs, [x.requires_grad_() for x in (hidden, weight, bias)])
+        def log_probs(hidden, weight, bias, scored=scored):
+            return linear_log_probs(hidden, weight, targets, bias=bias, chunk_size=2, impl=impl, **scored, **head)
+
+        assert torch.autograd.gradcheck(log_probs, [x.requires_grad_() for x in (hidden, weight, bias)])
 
 
 @pytest.mark.parametrize("needs", [n for n in itertools.product((False, True), repeat=3) if any(n)])
@@ -162,7 +214,8 @@ def test_gradients_only_where_needed(needs):
 def test_no_product_for_a_gradient_that_is_not_needed():
     hidden, weight, targets, _ = inputs()
     options = (1.0, None, 1.0, None)
-    inputs_and_statistics = (*_torch.forward(hidden, weight, targets, None, *options), hidden, weight, targets, None)
+    arguments = hidden, weight, targets, None, None
+    inputs_and_statistics = *_torch.forward(*arguments, *options), *arguments
     sizes = [
         [x.numel() for x in _torch.backward(*inputs_and_statistics, needs, *options)]
         for needs in ([True, False, False], [False, True, False])
@@ -231,6 +284,20 @@ def test_a_target_outside_the_vocabulary_raises(target, impl):
         linear_log_probs(hidden, weight, targets, impl=impl)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("row", (-1, 13))
+def test_a_row_that_hidden_has_not_raises(row, impl):
+    hidden, weight, targets, _ = inputs()
+    rows = torch.arange(13)
+    rows[4] = row
+    error, message = {
+        "reference": (IndexError, "out of range"),
+        "torch": (ValueError, f"rows: expected rows of hidden from 0 to 12, got {row}"),
+    }[impl]
+    with pytest.raises(error, match=message):
+        linear_log_probs(hidden, weight, targets, rows=rows, impl=impl)
+
+
 def test_strided_inputs_and_upstream_gradients():
     hidden, weight, targets, bias = inputs(26, 20, 62)
     views = [hidden[::2, 1::2], weight.mT.contiguous().mT[1::2, ::2], bias[::2]]
@@ -262,11 +329,14 @@ def test_expanded_hidden():
 def test_results_repeat_bitwise():
     hidden, weight, targets, bias = inputs(300, 64, 500, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    first, second = (
-        results_and_gradients(linear_log_probs(hidden, weight, targets, bias=bias, chunk_size=64), leaves)
-        for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for rows in (None, torch.arange(300) // 4):
+        first, second = (
+            results_and_gradients(
+                linear_log_probs(hidden, weight, targets, rows=rows, bias=bias, chunk_size=64), leaves
+            )
+            for _ in range(2)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -316,9 +386,9 @@ def test_memory_is_that_of_one_chunk(dtype, softcap):
     hidden, weight, targets, bias = inputs(640, 8, 100, dtype=dtype)
     options = (1.0, softcap, 1.0, 16)
     with LargestResult() as forward:
-        log_probs, statistics = _torch.forward(hidden, weight, targets, bias, *options)
+        log_probs, statistics = _torch.forward(hidden, weight, targets, None, bias, *options)
     with LargestResult() as backward:
-        _torch.backward(log_probs, statistics, hidden, weight, targets, bias, [True] * 3, *options)
+        _torch.backward(log_probs, statistics, hidden, weight, targets, None, bias, [True] * 3, *options)
     assert 16 * 100 <= forward.numel < 20 * 100
     assert backward.numel == max(hidden.numel(), 16 * 100)
 
@@ -333,25 +403,29 @@ def test_second_derivative_is_refused():
 
 @pytest.mark.parametrize("with_bias", (False, True))
 @pytest.mark.parametrize("softcap", (None, 3.0))
-def test_registration(softcap, with_bias):
+@pytest.mark.parametrize("several", (False, True))
+def test_registration(several, softcap, with_bias):
     hidden, weight, targets, bias = inputs(dtype=torch.float32)
     bias = bias if with_bias else None
+    rows, targets = several_per_row(13, 31) if several else (None, targets)
     options = (0.6, softcap, 1.3, 4, "torch")
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-    torch.library.opcheck(api._forward_op, (*leaves, targets, bias, *options))
-    log_probs, statistics = api._forward_op(hidden, weight, targets, bias, *options)
+    torch.library.opcheck(api._forward_op, (*leaves, targets, rows, bias, *options))
+    log_probs, statistics = api._forward_op(hidden, weight, targets, rows, bias, *options)
     needs = [True, False, with_bias]
-    torch.library.opcheck(api._backward_op, (log_probs, statistics, hidden, weight, targets, bias, needs, *options))
+    arguments = log_probs, statistics, hidden, weight, targets, rows, bias, needs, *options
+    torch.library.opcheck(api._backward_op, arguments)
 
 
 def test_compiles_without_breaks_and_without_recompiling_for_sizes():
-    def log_probs(hidden, weight, targets, bias):
-        return linear_log_probs(hidden, weight, targets, bias=bias, temperature=0.6, softcap=3.0)
+    def log_probs(hidden, weight, targets, rows, bias):
+        return linear_log_probs(hidden, weight, targets, rows=rows, bias=bias, temperature=0.6, softcap=3.0)
 
     calls = []
     for rows, channels, vocabulary in ((7, 8, 19), (9, 9, 23), (12, 11, 29), (30, 12, 35)):
-        hidden, weight, targets, bias = inputs(rows, channels, vocabulary)
-        calls.append([x.requires_grad_() if x.is_floating_point() else x for x in (hidden, weight, targets, bias)])
+        hidden, weight, _, bias = (x.requires_grad_(x.is_floating_point()) for x in inputs(rows, channels, vocabulary))
+        row, targets = several_per_row(rows, vocabulary)
+        calls.append([hidden, weight, targets, row, bias])
     assert_compiles(log_probs, calls, graphs=2)  # one for the first sizes, one for all others
 
 
@@ -385,6 +459,9 @@ BAD = [
     ({"weight": torch.zeros(0, 10)}, ValueError, "weight: expected at least one token and one channel"),
     ({"targets": torch.zeros(12).long()}, ValueError, r"targets: expected shape \[13\], got \[12\]"),
     ({"targets": torch.zeros(13)}, TypeError, "targets: expected dtype int64 or int32, got float32"),
+    ({"rows": torch.zeros(12).long()}, ValueError, r"rows: expected shape \[13\], got \[12\]"),
+    ({"rows": torch.zeros(13)}, TypeError, "rows: expected dtype int64 or int32, got float32"),
+    ({"rows": 0}, TypeError, r"rows: expected a tensor \[...\], got int"),
     ({"bias": torch.zeros(30)}, ValueError, r"bias: expected shape \[V=31\], got \[30\]"),
     ({"bias": torch.zeros(31).double()}, TypeError, "bias: expected dtype float32, got float64"),
     ({"temperature": 0}, ValueError, "temperature: expected a finite number above 0, got 0"),

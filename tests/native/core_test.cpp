@@ -308,51 +308,60 @@ void run_attention(cpu::Isa isa, cpu::Dtype dtype, int64_t kv_heads, int64_t rep
   }
 }
 
-// Two tiles of logits, of `columns` and 3, with a target in each.
+// Two tiles of logits, of `columns` and 3: no target in the first row, in the second one in each tile and one twice.
 template <class T, class S>
 void run_softmax(cpu::Isa isa, cpu::Dtype dtype, int64_t columns, double softcap) {
-  const int64_t rows = 2;
+  const int64_t rows = 2, count = 4, all = columns + 3;
   Buffer<T> first(rows * columns), second(rows * 3);
-  Buffer<S> largest(rows), total(rows), at_target(rows), upstream(rows);
-  Buffer<int64_t> targets(rows);
+  Buffer<S> largest(rows), total(rows), whole(rows), at_target(count), upstream(count);
+  Buffer<int64_t> targets(count), offsets(rows + 1);
   first.fill_randomly(), second.fill_randomly(), upstream.fill_randomly();
-  targets[0] = columns / 2, targets[1] = columns + 2;
-  for (int64_t row = 0; row < rows; ++row) largest[row] = S(-1e30);
-  const auto logit = [&](int64_t row, int64_t column) {
-    const double x = to_double(column < columns ? first[row * columns + column] : second[row * 3 + column - columns]);
-    return softcap > 0 ? softcap * std::tanh(x) : x;
+  targets[0] = columns / 2, targets[1] = columns + 2, targets[2] = columns / 2, targets[3] = columns;
+  offsets[0] = offsets[1] = 0, offsets[2] = count;
+  whole[0] = 0, whole[1] = upstream[0] + upstream[1] + upstream[2] + upstream[3];
+  for (int64_t row = 0; row < rows; ++row) largest[row] = S(-1e30), total[row] = 0;
+  const auto data = [&](int64_t row, int64_t column) {
+    return to_double(column < columns ? first[row * columns + column] : second[row * 3 + column - columns]);
   };
-  std::vector<double> expected;
+  const auto logit = [&](int64_t row, int64_t column) {
+    return softcap > 0 ? softcap * std::tanh(data(row, column)) : data(row, column);
+  };
+  std::vector<double> log_sums, targeted, gradients;
   for (int64_t row = 0; row < rows; ++row) {
     double sum = 0;
-    for (int64_t column = 0; column < columns + 3; ++column) sum += std::exp(logit(row, column));
-    for (int64_t column = 0; column < columns + 3; ++column) {
+    for (int64_t column = 0; column < all; ++column) sum += std::exp(logit(row, column));
+    for (int64_t column = 0; column < all; ++column) {
       const double x = logit(row, column), slope = softcap > 0 ? 1 - x * x / (softcap * softcap) : 1;
-      expected.push_back(to_double(upstream[row]) * slope * (std::exp(x) / sum - (column == targets[row])));
+      double gradient = to_double(whole[row]) * std::exp(x) / sum;
+      for (int64_t k = offsets[row]; k < offsets[row + 1]; ++k) {
+        gradient -= to_double(upstream[k]) * (column == targets[k]);
+      }
+      gradients.push_back(slope * gradient);
     }
-    expected.push_back(std::log(sum));
-    expected.push_back(logit(row, targets[row]));
+    log_sums.push_back(std::log(sum));
+    for (int64_t k = offsets[row]; k < offsets[row + 1]; ++k) targeted.push_back(logit(row, targets[k]));
   }
   const cpu::Execution run{isa, 1};
-  const cpu::LogitsTile tiles[] = {{dtype, first.data(), rows, columns, 0, targets.data(), softcap},
-                                   {dtype, second.data(), rows, 3, columns, targets.data(), softcap}};
+  const cpu::LogitsTile tiles[] = {
+      {dtype, first.data(), rows, columns, 0, targets.data(), offsets.data(), softcap},
+      {dtype, second.data(), rows, 3, columns, targets.data(), offsets.data(), softcap}};
   for (const auto& tile : tiles) cpu::softmax_add(run, tile, largest.data(), total.data(), at_target.data());
   const double tolerance = 10 * (sizeof(T) == 8 ? 0x1p-52 : sizeof(T) == 4 ? 0x1p-22 : 0x1p-8);
-  const double *at = expected.data(), sums = sizeof(S) == 8 ? 1e-13 : 1e-5;
-  for (int64_t row = 0; row < rows; ++row, at += columns + 5) {
+  const double sums = sizeof(S) == 8 ? 1e-13 : 1e-5;
+  for (int64_t row = 0; row < rows; ++row) {
     total[row] = S(std::log(to_double(total[row])));
-    check(std::fabs(to_double(total[row]) + to_double(largest[row]) - at[columns + 3]) <= sums, "log-sum-exp");
-    check(std::fabs(to_double(at_target[row]) - at[columns + 4]) <= sums, "logit of the target");
+    check(std::fabs(to_double(total[row]) + to_double(largest[row]) - log_sums[row]) <= sums, "log-sum-exp");
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    check(std::fabs(to_double(at_target[k]) - targeted[k]) <= sums, "logit of a target");
   }
   for (const auto& tile : tiles) {
-    cpu::softmax_gradient(run, tile, largest.data(), total.data(), upstream.data());
+    cpu::softmax_gradient(run, tile, largest.data(), total.data(), whole.data(), upstream.data());
   }
-  at = expected.data();
-  for (int64_t row = 0; row < rows; ++row, at += columns + 5) {
-    for (int64_t column = 0; column < columns + 3; ++column) {
-      const double x =
-          to_double(column < columns ? first[row * columns + column] : second[row * 3 + column - columns]);
-      check(std::fabs(x - at[column]) <= tolerance, "gradient of the logits");
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < all; ++column) {
+      const double expected = gradients[row * all + column];
+      check(std::fabs(data(row, column) - expected) <= tolerance, "gradient of the logits");
     }
   }
 }
