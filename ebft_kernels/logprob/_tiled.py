@@ -48,8 +48,8 @@ class Tile(NamedTuple):
     softcap: float
 
 
-#: Brings the largest logit so far and the sum of ``exp(logit - largest)``, each [M], and the targets' logits, [T], up to
-#: date.
+#: Brings the largest logit so far and the sum of ``exp(logit - largest)``, each [M], and the targets' logits, [T], up
+#: to date.
 Add = Callable[[Tile, Tensor, Tensor, Tensor], None]
 #: Overwrites ``data`` with the sum of ``upstream * (softmax - onehot(target))`` over the targets of each row, times
 #: ``d logits / d data``, from the largest logit, the logarithm of the sum and the sum of upstream, each [M], and

@@ -158,9 +158,7 @@ def check_batch(prompt: object, layout: object, token_mask: object) -> None:
         check_tensor("token_mask", token_mask, "B P", sizes, dtype=torch.bool, device=layout.device)
 
 
-def _score(
-    hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float, rows: Tensor | None = None
-) -> Tensor:
+def _score(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float, rows: Tensor | None = None) -> Tensor:
     return linear_log_probs(
         hidden.to(head.weight.dtype),
         head.weight,

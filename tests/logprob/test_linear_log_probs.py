@@ -78,7 +78,7 @@ def eager(hidden, weight, targets, bias, *, rows=None, temperature=1.0, softcap=
 
 
 def several_per_row(num_rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Rows and targets [T] in no order: none of row 0, 6 equal ones of row 1, for other rows up to 3 that may be equal."""
+    """Rows and targets [T] in no order: none of row 0, 6 equal ones of row 1, 1.5 on average of the others."""
     generator = torch.Generator().manual_seed(4)
     rows = 2 + torch.randint(num_rows - 2, (3 * num_rows // 2,), generator=generator)
     targets = torch.randint(vocabulary, rows.shape, generator=generator)

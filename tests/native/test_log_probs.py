@@ -38,9 +38,7 @@ def test_values_and_gradients(tile_bytes, head, dtype, monkeypatch):
     for vocabulary in VOCABULARIES:
         # For several targets gradients that are 0, those of a vocabulary of one token, are 0 but for rounding.
         for several in (False, True)[: 1 + (vocabulary > 1)]:
-            log_probs.assert_right(
-                dtype, (150, 10, vocabulary), several=several, chunk_size=70, impl="native", **head
-            )
+            log_probs.assert_right(dtype, (150, 10, vocabulary), several=several, chunk_size=70, impl="native", **head)
 
 
 @pytest.mark.usefixtures("isa")
