@@ -128,6 +128,20 @@ void softmax_gradient(int isa, int threads, int dtype, const Sizes& sizes, uintp
   cpu::softmax_gradient(run, tile, largest_in, total_in, whole_in, upstream_in);
 }
 
+// `sizes`: rows, columns, columns of a block.
+void softmax_blocks(int isa, int threads, int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t largest,
+                    uintptr_t total) {
+  const cpu::Execution run = execution(isa, threads);
+  require(sizes.size() == 3 && sizes[0] >= 0 && sizes[1] >= 1 && sizes[2] >= 1,
+          "sizes: expected rows, at least one column, and at least one column of a block");
+  const bool needed = sizes[0] > 0;
+  const cpu::LogitsBlocks blocks = {checked_enum<cpu::Dtype>("dtype", dtype, 4), pointer(logits, needed), sizes[0],
+                                    sizes[1], sizes[2]};
+  void *largest_out = pointer(largest, needed), *total_out = pointer(total, needed);
+  const py::gil_scoped_release unlocked;
+  cpu::softmax_blocks(run, blocks, largest_out, total_out);
+}
+
 std::vector<cpu::Layer> checked_layers(const Layers& layers, bool needed) {
   require(!layers.empty(), "layers: expected at least one");
   std::vector<cpu::Layer> checked;
@@ -313,6 +327,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("mean_embedding_backward", &mean_embedding_backward);
   m.def("softmax_add", &softmax_add);
   m.def("softmax_gradient", &softmax_gradient);
+  m.def("softmax_blocks", &softmax_blocks);
   m.def("pool_features", &pool_features);
   m.def("pool_features_backward", &pool_features_backward);
   m.def("layout_geometry", &layout_geometry);

@@ -25,4 +25,16 @@ void softmax_add(const Execution& execution, const LogitsTile& tile, void* large
 void softmax_gradient(const Execution& execution, const LogitsTile& tile, const void* largest, const void* log_total,
                       const void* whole_upstream, const void* upstream);
 
+// Logits [rows, columns], contiguous, in blocks of `size` columns, of which the last may be shorter.
+struct LogitsBlocks {
+  Dtype dtype;
+  const void* data;
+  int64_t rows, columns, size;
+
+  int64_t per_row() const { return (columns + size - 1) / size; }
+};
+
+// Brings the largest logit and the sum of exp(logit - largest) of each block, each [rows, blocks], up to date.
+void softmax_blocks(const Execution& execution, const LogitsBlocks& blocks, void* largest, void* total);
+
 }  // namespace ebft::cpu

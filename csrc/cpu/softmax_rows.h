@@ -3,7 +3,7 @@
 
 constexpr int64_t softmax_piece = 1024;
 
-// A piece of a row: softcap * tanh(x), or x where softcap is 0; vectors are filled up with the lowest number. `slopes`,
+// A piece of a row: softcap * tanh(x), or x where softcap is 0; vectors are filled up with -inf. `slopes`,
 // if there is a softcap and it is not null, becomes the derivative of tanh.
 template <class T, class S>
 static void load_logits(const T* from, int64_t count, S softcap, S* logits, S* slopes) {
@@ -13,7 +13,7 @@ static void load_logits(const T* from, int64_t count, S softcap, S* logits, S* s
     store_whole(logits + k, bounded * softcap);
     if (slopes) store_whole(slopes + k, 1 - bounded * bounded);
   }
-  for (int64_t k = count; k < round_up(count, lanes<S>); ++k) logits[k] = lowest_score<S>;
+  for (int64_t k = count; k < round_up(count, lanes<S>); ++k) logits[k] = S(-__builtin_inf());
 }
 
 // Calls body(index of a target, its column) for the targets in a piece of `count` columns of a row.

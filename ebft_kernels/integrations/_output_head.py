@@ -35,21 +35,26 @@ class OutputHead(NamedTuple):
     def logits(self, hidden: Tensor, memory: Tensor | None = None) -> Tensor:
         """[..., C] -> [..., V].
 
-        ``memory`` [T, V], in the dtype of the weight, may be given for hidden [T, C] where there is no gradient: the
-        product is written there, unless ``torch.autocast`` asks for another dtype.
+        ``memory`` [T, V], in the dtype of the weight, may be given for hidden [T, C] where there is neither gradient
+        nor ``torch.autocast``: the logits are written there.
         """
         hidden = hidden.to(self.weight.dtype)
-        if memory is None or torch.is_autocast_enabled(hidden.device.type):
-            logits = F.linear(hidden, self.weight, self.bias)
-        elif self.bias is None:
-            logits = torch.mm(hidden, self.weight.mT, out=memory)
-        else:
-            logits = torch.addmm(self.bias, hidden, self.weight.mT, out=memory)
+        if memory is not None:
+            factor = self.scale if self.softcap is None else self.scale / self.softcap
+            start, beta = (memory, 0) if self.bias is None else (self.bias, factor)
+            logits = torch.addmm(start, hidden, self.weight.mT, beta=beta, alpha=factor, out=memory)
+            return logits if self.softcap is None else logits.tanh_().mul_(self.softcap)
+        logits = F.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def at_temperature(self, temperature: float) -> OutputHead:
+        """The head whose logits are these over ``temperature``, which is above 0."""
+        softcap = None if self.softcap is None else self.softcap / temperature
+        return self._replace(scale=self.scale / temperature, softcap=softcap)
 
 
 # Model -> (scale, softcap) that were seen to give its logits.

@@ -184,18 +184,18 @@ def _run_rollouts(ledger: _Ledger, model: nn.Module, layout: StridedLayout) -> N
         cache = StridedCache(layout)
         rows = layout.anchor_rows(hidden_states(model, _tokens(layout, layout.length), layout, cache=cache))
         ledger.tag(CACHE, *(x for layer in cache.layers for x in (layer.keys, layer.values)))
-        ledger.transient(_sampling_workspace(rows[..., 0].numel(), head))
+        ledger.transient(_sampling_workspace(rows[..., 0].numel(), head, ledger.on_cpu))
     if layout.horizon > 1:
         with ledger.phase("rollout: steps", times=layout.horizon - 1):
             rows = hidden_states(model, _tokens(layout, rollouts), layout, cache=cache, step=layout.horizon - 2)
-            ledger.transient(_sampling_workspace(rows[..., 0].numel(), head))
+            ledger.transient(_sampling_workspace(rows[..., 0].numel(), head, ledger.on_cpu))
 
 
-def _sampling_workspace(rows: int, head: Tensor) -> int:
-    """Bytes for the logits of a chunk of rows, which become their probabilities."""
+def _sampling_workspace(rows: int, head: Tensor, on_cpu: bool) -> int:
+    """Bytes for the logits of a chunk of rows and, but for compiled code in float32, their probabilities."""
     numbers = min(rows, rows_at_once(head.shape[0])) * head.shape[0]
-    cast = 0 if head.dtype.itemsize >= 4 else head.dtype.itemsize
-    return numbers * (max(4, head.dtype.itemsize) + cast)
+    in_place = on_cpu and head.dtype.itemsize >= 4 and _native("linear_log_probs", head)
+    return numbers * (head.dtype.itemsize + (0 if in_place else max(4, head.dtype.itemsize)))
 
 
 def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: Job, trained: list[nn.Parameter]) -> int:
@@ -244,7 +244,7 @@ class _Ledger(TorchDispatchMode):
     def __init__(self, on_cpu: bool) -> None:
         super().__init__()
         self.phases: dict[str, Phase] = {}
-        self._on_cpu = on_cpu
+        self.on_cpu = on_cpu
         self._phase = Phase()
         self._parts: Counter[str] = Counter()
         self._storages: dict[int, tuple[str, int]] = {}
@@ -296,7 +296,7 @@ class _Ledger(TorchDispatchMode):
             self._phase.ops += 1
             tensors = (*outputs, *(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
             self._phase.traffic += sum(min(x.nbytes, _storage(x).nbytes()) for x in tensors)
-        self.transient(_OP_WORKSPACE[name](self._on_cpu, *args) if name in _OP_WORKSPACE else 0)
+        self.transient(_OP_WORKSPACE[name](self.on_cpu, *args) if name in _OP_WORKSPACE else 0)
         return out
 
     def _enter(self, storage: torch.UntypedStorage) -> None:

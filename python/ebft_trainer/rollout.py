@@ -14,11 +14,12 @@ from ebft_kernels import StridedLayout
 from ebft_kernels._checks import check_int, check_tensor
 from ebft_kernels.integrations._models import base_model
 from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head
+from ebft_kernels.logprob._blocks import block_statistics
 
 # Logits held at once: 64 MB in float32.
 _CHUNK_NUMEL = 1 << 24
 # Probabilities per block of the two-level search: whole blocks are added up first, then one block token by token.
-_BLOCK = 64
+_BLOCK = 128
 
 
 @torch.no_grad()
@@ -172,27 +173,56 @@ class _Sampler:
         uniform = torch.rand(rows.shape[0], draws, dtype=torch.float64, device=device, generator=self.generator)
         size = rows_at_once(head.weight.shape[0])
         parts = zip(rows.split(size), uniform.to(rows.device).split(size), strict=True)
-        drawn = [self._draw(head.logits(part, self._memory(len(part), head)), numbers) for part, numbers in parts]
-        ids, log_probs = zip(*drawn, strict=True)
+        ids, log_probs = zip(*(self._draw(self._logits(part, head), numbers) for part, numbers in parts), strict=True)
         return torch.cat(ids), torch.cat(log_probs)
 
-    def _memory(self, rows: int, head: OutputHead) -> Tensor:
-        if self.memory is None or len(self.memory) < rows:
-            self.memory = head.weight.new_empty(rows, head.weight.shape[0])
-        return self.memory[:rows]
+    def _logits(self, rows: Tensor, head: OutputHead) -> Tensor:
+        """[R, C] -> [R, V], over the temperature."""
+        temperature = self.temperature or 1.0
+        if torch.is_autocast_enabled(rows.device.type):
+            return head.logits(rows).float().div_(temperature)
+        if self.memory is None or len(self.memory) < len(rows):
+            self.memory = head.weight.new_empty(len(rows), head.weight.shape[0])
+        return head.at_temperature(temperature).logits(rows, self.memory[: len(rows)])
 
     def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and log-probabilities [R, d] from logits [R, V], which are overwritten, and uniform numbers [R, d]."""
+        """Ids and log-probabilities [R, d] from logits [R, V], which may be overwritten, and uniform numbers [R, d]."""
+        if self.temperature and not self.top_k and self.top_p == 1:
+            return draw_by_blocks(logits, uniform)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature == 0:
             log_probability = logits.log_softmax(-1)
             index = logits.argmax(-1, keepdim=True).expand_as(uniform)
             return index, log_probability.gather(1, index)
-        logits.div_(self.temperature)
         probability = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
         probability.div_(probability.sum(-1, keepdim=True))
         index = draw(probability, uniform, top_p=self.top_p, top_k=self.top_k)
         return index, probability.gather(1, index).log_()
+
+
+def draw_by_blocks(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens drawn from the softmax of each row, by inverting the cumulative distribution: first of blocks of tokens,
+    then of the tokens of one block, the only ones whose probabilities are computed.
+
+    Args:
+        logits: [R, V], contiguous.
+        uniform: [R, d] float64 in [0, 1).
+
+    Returns:
+        Ids [R, d] int64, never of a token of probability 0, and their log-probabilities, float32 (float64 for float64
+        logits).
+    """
+    vocabulary = logits.shape[1]
+    largest, total = block_statistics(logits, _BLOCK)  # [R, V/128]
+    of_all = largest.amax(1, keepdim=True)
+    mass = (largest - of_all).exp_().mul_(total)
+    block, uniform = _search(mass, uniform)  # [R, d]
+    column = block[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)  # [R, d, 128]
+    nearby = logits.gather(1, column.clamp_max(vocabulary - 1).flatten(1)).view(column.shape).to(mass.dtype)
+    probability = (nearby - of_all[:, :, None]).exp_().where(column < vocabulary, 0)
+    within, _ = _search(probability, uniform[:, :, None])
+    log_probs = nearby.gather(2, within)[..., 0] - of_all - mass.sum(1, keepdim=True).log_()
+    return column.gather(2, within)[..., 0].clamp_max_(vocabulary - 1), log_probs
 
 
 def draw(probability: Tensor, uniform: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:
@@ -245,7 +275,7 @@ def _invert(mass: Tensor, uniform: Tensor) -> Tensor:
     # A cumulative sum over the vocabulary costs more than the softmax; block sums are cheap.
     missing = -mass.shape[1] % _BLOCK
     blocks = nn.functional.pad(mass, (0, missing)) if missing else mass  # padding by nothing would copy
-    blocks = blocks.unflatten(1, (-1, _BLOCK))  # [R, K/64, 64]
+    blocks = blocks.unflatten(1, (-1, _BLOCK))  # [R, K/128, 128]
     block, uniform = _search(blocks.sum(2), uniform)
     rows = torch.arange(mass.shape[0], device=mass.device)[:, None]
     within, _ = _search(blocks[rows, block], uniform[..., None])

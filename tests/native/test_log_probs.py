@@ -10,6 +10,7 @@ import torch
 from ebft_kernels import linear_log_probs, select_impl
 from ebft_kernels.logprob import _native, _tiled
 
+from ..logprob import test_blocks as blocks
 from ..logprob import test_linear_log_probs as log_probs
 
 DTYPES = log_probs.DTYPES
@@ -77,6 +78,12 @@ def test_what_is_not_a_number_stays_none(dtype):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_of_blocks(dtype):
+    blocks.assert_right(dtype)
+
+
+@pytest.mark.usefixtures("isa")
 def test_results_do_not_depend_on_the_number_of_threads():
     hidden, weight, targets, _ = log_probs.inputs(300, 16, 2000, dtype=torch.float32)
     data, threads, results = hidden @ weight.mT, torch.get_num_threads(), []
@@ -117,3 +124,5 @@ def test_what_the_module_refuses(compiled):
     ):
         with pytest.raises(ValueError, match=message):
             compiled.softmax_gradient(*good[:position], value, *good[position + 1 :])
+    with pytest.raises(ValueError, match="at least one column of a block"):
+        compiled.softmax_blocks(0, 1, 1, (2, 3, 0), data.data_ptr(), rows.data_ptr(), rows.data_ptr())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from ebft_kernels import StridedLayout
 from ebft_kernels.integrations.transformers import OutputHead, decoder_layers, output_head
 from ebft_kernels.testing import assert_within_budget, randn
 from ebft_trainer import rollout
-from ebft_trainer.rollout import draw, sample_rollouts
+from ebft_trainer.rollout import draw, draw_by_blocks, sample_rollouts
 
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt_oss")
 
@@ -23,10 +26,10 @@ def grid(count: int, rows: int = 1) -> torch.Tensor:
     return ((torch.arange(count, dtype=torch.float64) + 0.5) / count).expand(rows, -1)
 
 
-def counted_out(probability: torch.Tensor, **options) -> torch.Tensor:
+def counted_out(drawn: Callable[[torch.Tensor], torch.Tensor], probability: torch.Tensor) -> torch.Tensor:
     """[R, V]: how often each token comes among equally spaced draws, over their number."""
     count = 20000
-    ids = draw(probability, grid(count, len(probability)), **options)
+    ids = drawn(grid(count, len(probability)))
     return torch.stack([torch.bincount(x, minlength=probability.shape[1]) for x in ids]) / count
 
 
@@ -96,8 +99,12 @@ def test_every_token_is_drawn_in_proportion(options, vocabulary, dtype):
     spread = torch.tensor([[0.01], [1.0], [4.0]])  # from flat to almost all on one token
     probability = (randn(3, vocabulary, seed=vocabulary) * spread).softmax(-1).to(dtype)
     # Equally spaced draws hit an interval of length p at most once too often or too seldom at either end.
-    difference = counted_out(probability, **options) - cut_off(probability, **options)
-    assert difference.abs().max() <= 1 / 20000 + 4 * torch.finfo(dtype).eps
+    draws = [lambda uniform: draw(probability, uniform, **options)]
+    if not options:
+        draws.append(lambda uniform: draw_by_blocks(probability.log(), uniform)[0])
+    for drawn in draws:
+        difference = counted_out(drawn, probability) - cut_off(probability, **options)
+        assert difference.abs().max() <= 1 / 20000 + 4 * torch.finfo(dtype).eps
 
 
 def test_numbers_at_the_edges_never_draw_an_impossible_token():
@@ -106,14 +113,33 @@ def test_numbers_at_the_edges_never_draw_an_impossible_token():
         probability = torch.zeros(1, vocabulary)
         probability[0, 1] = probability[0, vocabulary // 2 + 1] = 0.5
         assert draw(probability, edges).tolist() == [[1, vocabulary // 2 + 1, vocabulary // 2 + 1]]
+        ids, log_probs = draw_by_blocks(probability.log(), edges)  # most blocks are nothing but -inf
+        assert ids.tolist() == [[1, vocabulary // 2 + 1, vocabulary // 2 + 1]]
+        assert (log_probs + math.log(2)).abs().max() <= 2 * torch.finfo(torch.float32).eps
         # Rounded probabilities do not sum to 1.
         assert draw(probability * (1 - 1e-6), edges)[0, 2] == vocabulary // 2 + 1
         assert set(draw(probability, edges, top_k=4)[0].tolist()) == {1, vocabulary // 2 + 1}
     one = torch.zeros(2, 3000).index_fill_(1, torch.tensor([2999]), 1.0)
     assert (draw(one, edges.expand(2, 3)) == 2999).all()
+    ids, log_probs = draw_by_blocks(one.log(), edges.expand(2, 3))
+    assert (ids == 2999).all() and (log_probs == 0).all()
     for options in ({}, {"top_k": 5}, {"top_p": 0.5}):
         ids = draw(torch.full((1, 3000), float("nan")), edges, **options)
         assert (ids >= 0).all() and (ids < 3000).all(), "a model that gives NaN must not index out of range"
+    ids, log_probs = draw_by_blocks(torch.full((1, 3000), float("nan")), edges)
+    assert (ids >= 0).all() and (ids < 3000).all() and log_probs.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("vocabulary", (1, 129, 3000))
+def test_drawing_by_blocks_scores_what_it_draws(vocabulary, dtype):
+    logits = randn(40, vocabulary, seed=vocabulary, dtype=dtype).mul_(4)
+    ids, log_probs = draw_by_blocks(logits.clone(), grid(7, 40))
+    eager, truth = (x.log_softmax(-1).gather(1, ids) for x in (logits.to(log_probs.dtype), logits.double()))
+    if dtype == torch.float64:
+        assert (log_probs - truth).abs().max() <= 100 * torch.finfo(dtype).eps
+    else:
+        assert_within_budget(log_probs, eager, truth)
 
 
 def test_first_tokens_follow_the_models_distribution(plain):
