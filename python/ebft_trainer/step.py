@@ -290,9 +290,10 @@ def _draw(
 
 @torch.no_grad()
 def _matched(feature_network: FeatureMap, drawn: _Drawn, config: EBFTOptions, clock: _Clock) -> FeatureMatching:
-    features = feature_network(drawn.layout.pack(drawn.prompt, drawn.tokens), drawn.layout, **drawn.masks)
+    layout = drawn.layout
+    features = feature_network(layout.pack(drawn.prompt, drawn.tokens), layout, **drawn.masks)
     for name, x, shape in zip(("rollout", "target"), features, ("B A n ...", "B A ..."), strict=True):
-        check_tensor(f"the feature map's {name} features", x, shape, drawn.sizes, device=drawn.layout.device)
+        check_tensor(f"the feature map's {name} features", x, shape, drawn.sizes, device=layout.device)
     clock.lap("features")
     match = feature_matching(
         *features,
@@ -301,7 +302,7 @@ def _matched(feature_network: FeatureMap, drawn: _Drawn, config: EBFTOptions, cl
         diversity_coef=config.diversity_coef,
         estimator=config.estimator,
         groups=getattr(feature_network, "groups", 1),
-        valid=drawn.layout.valid,
+        valid=None if layout.num_valid == layout.valid.numel() else layout.valid,  # a number that the host knows
     )
     clock.lap("matching")
     return match
