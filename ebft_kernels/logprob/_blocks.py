@@ -35,4 +35,5 @@ def block_statistics(logits: Tensor, size: int) -> tuple[Tensor, Tensor]:
         logits = F.pad(logits, (0, missing), value=-torch.inf)
     scores = logits.unflatten(1, (blocks, size)).to(dtype)
     largest = scores.amax(2).clamp_min(lowest)
-    return largest, (scores - largest[:, :, None]).exp_().sum(2)
+    room = None if dtype == logits.dtype else scores  # a copy already
+    return largest, torch.sub(scores, largest[:, :, None], out=room).exp_().sum(2)
