@@ -13,8 +13,8 @@ from ._tiled import Tile
 
 def _add(tile: Tile, largest: Tensor, total: Tensor, at_target: Tensor) -> None:
     logits, _ = _logits(tile, largest.dtype)
-    index, inside = _targets(tile)
-    torch.where(inside, logits[index], at_target, out=at_target)
+    some, index, inside = _targets(tile)
+    at_target[some] = torch.where(inside, logits[index], at_target[some])
     before = largest.clone()
     torch.maximum(largest, logits.amax(1), out=largest)
     added = logits.sub_(largest[:, None]).exp_().sum(1)
@@ -23,9 +23,9 @@ def _add(tile: Tile, largest: Tensor, total: Tensor, at_target: Tensor) -> None:
 
 def _differentiate(tile: Tile, largest: Tensor, log_total: Tensor, whole_upstream: Tensor, upstream: Tensor) -> None:
     logits, slope = _logits(tile, largest.dtype, slope=True)
-    index, inside = _targets(tile)
+    some, index, inside = _targets(tile)
     logits.sub_(largest[:, None]).sub_(log_total[:, None]).exp_().mul_(whole_upstream[:, None])
-    logits.index_put_(index, upstream.where(inside, 0).neg_(), accumulate=True)
+    logits.index_put_(index, upstream[some].where(inside, 0).neg_(), accumulate=True)
     if slope is not None:
         logits.mul_(slope)
     if logits is not tile.data:
@@ -43,13 +43,17 @@ def _logits(tile: Tile, dtype: torch.dtype, *, slope: bool = False) -> tuple[Ten
     return logits.mul_(tile.softcap), derivative
 
 
-def _targets(tile: Tile) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Where the targets [T] are in a tile, and whether; those that are not, anywhere."""
-    where = tile.targets.rows - tile.rows.start, tile.targets.ids - tile.columns.start
-    last = [size - 1 for size in tile.data.shape]
-    outside = [(index < 0) | (index > most) for index, most in zip(where, last, strict=True)]
-    row, column = (index.clamp(0, most) for index, most in zip(where, last, strict=True))
-    return (row, column), ~(outside[0] | outside[1])
+def _targets(tile: Tile) -> tuple[slice, tuple[Tensor, Tensor], Tensor]:
+    """Which of the targets [T] may be in a tile, [K] of them; where they are; and whether: if not, they are anywhere.
+
+    How many targets a row has is known on the device alone: unless it is one, all T of them may be.
+    """
+    some = tile.rows if tile.targets.order is None else slice(None)
+    where = tile.targets.rows[some] - tile.rows.start, tile.targets.ids[some] - tile.columns.start
+    inside = [(index >= 0) & (index < size) for index, size in zip(where, tile.data.shape, strict=True)]
+    # Spread, not clamped: summands of one element are added one by one.
+    row, column = (index.remainder(size) for index, size in zip(where, tile.data.shape, strict=True))
+    return some, (row, column), inside[0] & inside[1]
 
 
 forward = partial(_tiled.forward, _add)
