@@ -161,17 +161,18 @@ def _hidden_case(layout: StridedLayout, channels: int, mode: str, normalize: str
     return Case("match_hidden_states", name, _hidden_inputs(layout, channels), run)
 
 
-def _log_probs_case() -> Case:
+def _log_probs_case(name: str, *, several: bool = False) -> Case:
     def inputs() -> dict[str, Tensor]:
         return {"hidden": _random(50, 32, seed=0), "weight": _random(301, 32, seed=1)}
 
     def run(tensors: dict[str, Tensor], impl: str) -> Results:
-        targets = torch.arange(50, device=tensors["hidden"].device) * 6
+        number = torch.arange(50, device=tensors["hidden"].device)
+        rows = number * number % 11 if several else None
         options = {"temperature": 0.6, "chunk_size": 16, "impl": impl}
-        log_probs = logprob.linear_log_probs(*tensors.values(), targets, **options)
+        log_probs = logprob.linear_log_probs(*tensors.values(), number * 6, rows=rows, **options)
         return _with_gradients({"log-probabilities": log_probs}, tensors)
 
-    return Case("linear_log_probs", "", inputs, run, short=False)
+    return Case("linear_log_probs", name, inputs, run, short=False)
 
 
 def cases(*, large: bool) -> tuple[Case, ...]:
@@ -196,5 +197,6 @@ def cases(*, large: bool) -> tuple[Case, ...]:
         _matching_case(width, "sample", 17),
         _hidden_case(long, channels, "last_token", "joint", masked=False),
         _hidden_case(short, channels, "concat", "per_layer", masked=True),
-        _log_probs_case(),
+        _log_probs_case(""),
+        _log_probs_case("several targets of a row", several=True),
     )
