@@ -82,6 +82,7 @@ def test_distinct_predictors_are_the_predictors_each_once(layout):
         distinct, index = layout.distinct_predictors(x)
         assert distinct.shape[0] == layout.anchors.numel() * (1 + layout.samples * (layout.horizon - 1))
         assert index.dtype == torch.int64 and torch.equal(distinct[index], layout.predictors(x))
+        assert torch.equal(index.unique(), torch.arange(len(distinct)))
 
 
 def test_the_policy_pass_needs_no_last_step(layout):

@@ -35,11 +35,11 @@ class OutputHead(NamedTuple):
     def logits(self, hidden: Tensor, memory: Tensor | None = None) -> Tensor:
         """[..., C] -> [..., V].
 
-        ``memory`` [T, V], in the dtype of the weight, may be given for hidden [T, C] where there is neither gradient
-        nor ``torch.autocast``: the logits are written there.
+        ``memory`` [T, V], in the dtype of the weight, may be given for hidden [T, C] where there is no gradient: the
+        logits are written there, unless ``torch.autocast`` asks for another dtype.
         """
         hidden = hidden.to(self.weight.dtype)
-        if memory is not None:
+        if memory is not None and not torch.is_autocast_enabled(hidden.device.type):
             factor = self.scale if self.softcap is None else self.scale / self.softcap
             start, beta = (memory, 0) if self.bias is None else (self.bias, factor)
             logits = torch.addmm(start, hidden, self.weight.mT, beta=beta, alpha=factor, out=memory)

@@ -131,7 +131,7 @@ def backward(
     grad_bias = statistics.new_zeros(vocabulary if needs[2] else 0)
     scored = _by_row(targets, rows, num_rows)
     upstream = scored.sort(grad) * (-scale / temperature)
-    whole_upstream = torch.zeros_like(statistics[0]).index_put_((scored.rows,), upstream, accumulate=True)
+    whole_upstream = upstream if rows is None else add_at(torch.zeros_like(statistics[0]), scored.rows, upstream)
     for tile in _tiles(hidden, weight, scored, bias, temperature, softcap, scale, shape):
         differentiate(tile, *statistics[:, tile.rows], whole_upstream[tile.rows], upstream)
         if needs[0]:
@@ -141,6 +141,13 @@ def backward(
         if needs[2]:
             grad_bias[tile.columns] += tile.data.sum(0, dtype=dtype)
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def add_at(total: Tensor, index: Tensor, summands: Tensor) -> Tensor:
+    """``total`` [N], to which ``summands`` [K] are added at ``index`` [K], always in the same order."""
+    if total.device.type == "cpu":
+        return total.index_add_(0, index, summands)
+    return total.index_put_((index,), summands, accumulate=True)  # sorted; on a CPU by threads, in any order
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -14,7 +14,7 @@ from ._tiled import Tile
 def _add(tile: Tile, largest: Tensor, total: Tensor, at_target: Tensor) -> None:
     logits, _ = _logits(tile, largest.dtype)
     some, index, inside = _targets(tile)
-    at_target[some] = torch.where(inside, logits[index], at_target[some])
+    at_target[some] = torch.where(inside, logits.view(-1)[index], at_target[some])
     before = largest.clone()
     torch.maximum(largest, logits.amax(1), out=largest)
     added = logits.sub_(largest[:, None]).exp_().sum(1)
@@ -25,7 +25,7 @@ def _differentiate(tile: Tile, largest: Tensor, log_total: Tensor, whole_upstrea
     logits, slope = _logits(tile, largest.dtype, slope=True)
     some, index, inside = _targets(tile)
     logits.sub_(largest[:, None]).sub_(log_total[:, None]).exp_().mul_(whole_upstream[:, None])
-    logits.index_put_(index, upstream[some].where(inside, 0).neg_(), accumulate=True)
+    _tiled.add_at(logits.view(-1), index, upstream[some].where(inside, 0).neg_())
     if slope is not None:
         logits.mul_(slope)
     if logits is not tile.data:
@@ -43,17 +43,20 @@ def _logits(tile: Tile, dtype: torch.dtype, *, slope: bool = False) -> tuple[Ten
     return logits.mul_(tile.softcap), derivative
 
 
-def _targets(tile: Tile) -> tuple[slice, tuple[Tensor, Tensor], Tensor]:
-    """Which of the targets [T] may be in a tile, [K] of them; where they are; and whether: if not, they are anywhere.
-
-    How many targets a row has is known on the device alone: unless it is one, all T of them may be.
-    """
-    some = tile.rows if tile.targets.order is None else slice(None)
-    where = tile.targets.rows[some] - tile.rows.start, tile.targets.ids[some] - tile.columns.start
-    inside = [(index >= 0) & (index < size) for index, size in zip(where, tile.data.shape, strict=True)]
-    # Spread, not clamped: summands of one element are added one by one.
-    row, column = (index.remainder(size) for index, size in zip(where, tile.data.shape, strict=True))
-    return some, (row, column), inside[0] & inside[1]
+def _targets(tile: Tile) -> tuple[slice, Tensor, Tensor]:
+    """Which of the targets [T] may be in a tile, [K] of them; where in it, flattened; and whether: else anywhere."""
+    ids, rows, offsets, order = tile.targets
+    if order is None:
+        some = tile.rows
+    elif offsets.device.type == "cpu":
+        some = slice(*offsets[[tile.rows.start, tile.rows.stop]].tolist())
+    else:  # how many targets a row has is known on the device alone
+        some = slice(None)
+    row, column = rows[some] - tile.rows.start, ids[some] - tile.columns.start
+    height, width = tile.data.shape
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    # Spread, not clamped: summands of one number are added one by one.
+    return some, row.remainder(height) * width + column.remainder(width), inside
 
 
 forward = partial(_tiled.forward, _add)

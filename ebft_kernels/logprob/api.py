@@ -28,11 +28,10 @@ def linear_log_probs(
         logits   = scale * (hidden W^T + bias)         then, with ``softcap``: softcap * tanh(logits / softcap)
         log p(t) = log_softmax(logits / temperature)[t]
 
-    Equal to ``torch.log_softmax(logits.float() / temperature, -1).gather(-1, targets[..., None])[..., 0]``, with memory
-    for a tile of the logits; the backward pass computes them again. Softmax statistics are float32 (float64
-    for float64 inputs), and the gradients of weight and bias are summed over the tiles in that precision. Under
-    ``torch.autocast`` hidden, weight and bias are cast to its dtype first, as ``F.linear`` does. Differentiable in all
-    three, once.
+    Equal to ``torch.log_softmax(logits.float() / temperature, -1)`` at the targets, with memory for a tile of the
+    logits; the backward pass computes them again. Softmax statistics are float32 (float64 for float64 inputs), and the
+    gradients of weight and bias are summed over the tiles in that precision. Under ``torch.autocast`` hidden, weight
+    and bias are cast to its dtype first, as ``F.linear`` does. Differentiable in all three, once.
 
     Args:
         hidden: [..., C] float64, float32, bfloat16 or float16.
@@ -40,8 +39,8 @@ def linear_log_probs(
         targets: [...] int64 or int32, each in ``0 .. V-1``; there is no ignore index. On CUDA one outside fails a
             device assertion, since an error would have to wait for the device.
         rows: int64 or int32 of the shape of ``targets``, which is any then: the row that scores each target, counted
-            over all leading axes of ``hidden``, as of ``hidden.view(-1, C)``. Several targets of a row cost no more
-            than one, and a row may have none. None: one target for each row.
+            over all leading axes of ``hidden``, as of ``hidden.view(-1, C)``; checked as ``targets`` are. Several
+            targets of a row cost little more than one, and a row may have none. None: one target for each row.
         bias: [V], of the same dtype.
         temperature: divides the logits.
         softcap: bound of the logits.

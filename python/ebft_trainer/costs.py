@@ -104,7 +104,7 @@ def _work(job: Job, deepest: int | None) -> dict[str, _Work]:
         return {"policy": _Work(prompt_rows, batch * (layout.length - 1), layout)}
     short, anchors = layout.without_last_step(), batch * layout.num_anchors
     rollout_rows = anchors * layout.samples * (layout.horizon - 1)
-    scored = anchors * layout.samples * layout.horizon + job.scores_prompt * batch * (layout.length - 1)
+    scored = anchors + rollout_rows + job.scores_prompt * batch * (layout.length - 1)
     work = {"rollout: prompt": _Work(prompt_rows, anchors, prompt)}
     if layout.horizon > 1:
         work["rollout: steps"] = _Work(rollout_rows, rollout_rows, short, without=prompt)

@@ -157,7 +157,7 @@ def dry_run(model: nn.Module, feature_network: FeatureNetwork | None, job: Job, 
     layout = job.layout().to("meta")
     with ledger:
         if job.samples_rollouts:
-            _run_rollouts(ledger, model, layout)
+            _run_rollouts(ledger, model, layout, job.options)
         kept = []
         if feature_network is not None:
             with ledger.phase("features"):
@@ -175,7 +175,7 @@ def _tokens(layout: StridedLayout, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def _run_rollouts(ledger: _Ledger, model: nn.Module, layout: StridedLayout) -> None:
+def _run_rollouts(ledger: _Ledger, model: nn.Module, layout: StridedLayout, options: EBFTOptions) -> None:
     """As `sample_rollouts`, with one decoding step for all: each needs the same memory."""
     model.eval()
     head = model.get_output_embeddings().weight
@@ -184,18 +184,22 @@ def _run_rollouts(ledger: _Ledger, model: nn.Module, layout: StridedLayout) -> N
         cache = StridedCache(layout)
         rows = layout.anchor_rows(hidden_states(model, _tokens(layout, layout.length), layout, cache=cache))
         ledger.tag(CACHE, *(x for layer in cache.layers for x in (layer.keys, layer.values)))
-        ledger.transient(_sampling_workspace(rows[..., 0].numel(), head, ledger.on_cpu))
+        ledger.transient(_sampling_workspace(ledger.on_cpu, rows[..., 0].numel(), head, options))
     if layout.horizon > 1:
         with ledger.phase("rollout: steps", times=layout.horizon - 1):
             rows = hidden_states(model, _tokens(layout, rollouts), layout, cache=cache, step=layout.horizon - 2)
-            ledger.transient(_sampling_workspace(rows[..., 0].numel(), head, ledger.on_cpu))
+            ledger.transient(_sampling_workspace(ledger.on_cpu, rows[..., 0].numel(), head, options))
 
 
-def _sampling_workspace(rows: int, head: Tensor, on_cpu: bool) -> int:
-    """Bytes for the logits of a chunk of rows and, but for compiled code in float32, their probabilities."""
+def _sampling_workspace(on_cpu: bool, rows: int, head: Tensor, options: EBFTOptions) -> int:
+    """Bytes for the logits of a chunk of rows, which become their probabilities; compiled code needs none unless they
+    are cut off. Greedy rollouts have all log-probabilities beside them."""
     numbers = min(rows, rows_at_once(head.shape[0])) * head.shape[0]
-    in_place = on_cpu and head.dtype.itemsize >= 4 and _native("linear_log_probs", head)
-    return numbers * (head.dtype.itemsize + (0 if in_place else max(4, head.dtype.itemsize)))
+    narrow, wide = head.dtype.itemsize, max(4, head.dtype.itemsize)
+    drawn_from_all = options.temperature and not options.top_k and options.top_p == 1
+    if drawn_from_all and on_cpu and head.dtype != torch.float16 and _native("linear_log_probs", head):
+        return numbers * narrow
+    return numbers * (wide + (narrow if narrow < wide else 0) + (0 if options.temperature else wide))
 
 
 def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: Job, trained: list[nn.Parameter]) -> int:

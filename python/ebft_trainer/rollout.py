@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ebft_kernels import StridedLayout
+from ebft_kernels import StridedLayout, select_impl
 from ebft_kernels._checks import check_int, check_tensor
 from ebft_kernels.integrations._models import base_model
 from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head
-from ebft_kernels.logprob._blocks import block_statistics
+from ebft_kernels.logprob._native import block_statistics
 
 # Logits held at once: 64 MB in float32.
 _CHUNK_NUMEL = 1 << 24
@@ -179,15 +179,17 @@ class _Sampler:
     def _logits(self, rows: Tensor, head: OutputHead) -> Tensor:
         """[R, C] -> [R, V], over the temperature."""
         temperature = self.temperature or 1.0
-        if torch.is_autocast_enabled(rows.device.type):
-            return head.logits(rows).float().div_(temperature)
+        # In 16 bits a quotient is rounded once more, and may be too large for float16.
+        if torch.is_autocast_enabled(rows.device.type) or head.weight.dtype == torch.float16:
+            logits = head.logits(rows)
+            return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
         if self.memory is None or len(self.memory) < len(rows):
             self.memory = head.weight.new_empty(len(rows), head.weight.shape[0])
         return head.at_temperature(temperature).logits(rows, self.memory[: len(rows)])
 
     def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and log-probabilities [R, d] from logits [R, V], which may be overwritten, and uniform numbers [R, d]."""
-        if self.temperature and not self.top_k and self.top_p == 1:
+        if self.temperature and not self.top_k and self.top_p == 1 and can_draw_by_blocks(logits):
             return draw_by_blocks(logits, uniform)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature == 0:
@@ -200,12 +202,17 @@ class _Sampler:
         return index, probability.gather(1, index).log_()
 
 
+def can_draw_by_blocks(logits: Tensor) -> bool:
+    """Whether the compiled code is there: in PyTorch all probabilities in place take less time, and less memory."""
+    return select_impl("linear_log_probs", logits.device, logits.dtype) == "native"
+
+
 def draw_by_blocks(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens drawn from the softmax of each row, by inverting the cumulative distribution: first of blocks of tokens,
     then of the tokens of one block, the only ones whose probabilities are computed.
 
     Args:
-        logits: [R, V], contiguous.
+        logits: [R, V] on the CPU.
         uniform: [R, d] float64 in [0, 1).
 
     Returns:

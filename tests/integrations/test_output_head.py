@@ -23,3 +23,11 @@ def test_logits_into_memory_that_is_there(scale, softcap, with_bias, dtype):
     for logits in (cooled.logits(hidden), cooled.logits(hidden, memory)):
         difference = (logits - expected / 0.6).abs().max()
         assert difference <= 4 * torch.finfo(dtype).eps * expected.abs().max() / 0.6
+
+
+def test_autocast_decides_about_the_dtype():
+    head = OutputHead(randn(31, 8, seed=1, dtype=torch.float32), None, 1.0, None)
+    hidden, memory = randn(5, 8, seed=2, dtype=torch.float32), torch.empty(5, 31)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head.logits(hidden, memory).dtype == torch.bfloat16
+        assert torch.equal(head.logits(hidden, memory), head.logits(hidden))

@@ -339,6 +339,23 @@ def test_results_repeat_bitwise():
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("impl", IMPLS[1:])
+def test_results_with_several_targets_repeat_bitwise(impl):
+    """So many that PyTorch would add them up by threads, in any order, a row's targets on both sides of where it would
+    divide them."""
+    count, threads = 65536, torch.get_num_threads()
+    hidden, weight, _, _ = inputs(count // 16 + 1, 4, 8, dtype=torch.float32)
+    rows, targets = (torch.arange(count) + 8) // 16, torch.arange(count) % 8
+    leaves, upstream = [x.requires_grad_() for x in (hidden, weight)], randn(count, seed=5, dtype=torch.float32)
+    try:
+        torch.set_num_threads(2)
+        result = linear_log_probs(hidden, weight, targets, rows=rows, impl=impl)
+        first, *others = (torch.autograd.grad(result, leaves, upstream, retain_graph=True) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_autocast_casts_as_linear_does(impl):
     hidden, weight, targets, bias = inputs(dtype=torch.float32)
@@ -417,14 +434,16 @@ def test_registration(several, softcap, with_bias):
     torch.library.opcheck(api._backward_op, arguments)
 
 
-def test_compiles_without_breaks_and_without_recompiling_for_sizes():
+@pytest.mark.parametrize("several", (False, True))
+def test_compiles_without_breaks_and_without_recompiling_for_sizes(several):
     def log_probs(hidden, weight, targets, rows, bias):
         return linear_log_probs(hidden, weight, targets, rows=rows, bias=bias, temperature=0.6, softcap=3.0)
 
     calls = []
     for rows, channels, vocabulary in ((7, 8, 19), (9, 9, 23), (12, 11, 29), (30, 12, 35)):
-        hidden, weight, _, bias = (x.requires_grad_(x.is_floating_point()) for x in inputs(rows, channels, vocabulary))
-        row, targets = several_per_row(rows, vocabulary)
+        tensors = inputs(rows, channels, vocabulary)
+        hidden, weight, targets, bias = (x.requires_grad_(x.is_floating_point()) for x in tensors)
+        row, targets = several_per_row(rows, vocabulary) if several else (None, targets)
         calls.append([hidden, weight, targets, row, bias])
     assert_compiles(log_probs, calls, graphs=2)  # one for the first sizes, one for all others
 

@@ -9,8 +9,8 @@ import torch
 
 from ebft_kernels import linear_log_probs, select_impl
 from ebft_kernels.logprob import _native, _tiled
+from ebft_kernels.testing import randn
 
-from ..logprob import test_blocks as blocks
 from ..logprob import test_linear_log_probs as log_probs
 
 DTYPES = log_probs.DTYPES
@@ -80,7 +80,29 @@ def test_what_is_not_a_number_stays_none(dtype):
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_statistics_of_blocks(dtype):
-    blocks.assert_right(dtype)
+    """Of blocks that fill the rows, do not, are longer than they are, and are nothing but -inf."""
+    for rows, vocabulary, size in ((3, 1, 4), (5, 12, 4), (2, 130, 64), (70, 200, 33), (2, 2500, 2048), (0, 9, 4)):
+        logits = randn(rows, vocabulary, seed=vocabulary, dtype=dtype).mul_(3)
+        if vocabulary >= 130:
+            logits[1, :size] = -math.inf
+        largest, total = _native.block_statistics(logits.mT.contiguous().mT, size)
+        wide = torch.promote_types(dtype, torch.float32)
+        assert largest.dtype == total.dtype == wide
+        assert largest.shape == total.shape == (rows, math.ceil(vocabulary / size))
+        for block, part in enumerate(logits.double().split(size, 1)):
+            expected = part.amax(1).clamp_min(torch.finfo(wide).min)
+            assert torch.equal(largest[:, block].double(), expected)
+            sums = (part - expected[:, None]).exp().sum(1)
+            # Up to 2048 summands between 0 and 1, each of them rounded, in vectors of at least 2 sums.
+            assert ((total[:, block] - sums).abs() <= 16 * torch.finfo(wide).eps * sums).all()
+
+
+def test_blocks_with_a_nan_say_so(compiled):  # noqa: ARG001
+    logits = torch.zeros(2, 300)
+    logits[1, 70] = math.nan
+    _, total = _native.block_statistics(logits, 64)
+    assert total[0].isfinite().all()
+    assert total[1].isnan().tolist() == [False, True, False, False, False]
 
 
 @pytest.mark.usefixtures("isa")
@@ -99,6 +121,10 @@ def test_results_do_not_depend_on_the_number_of_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_results_with_several_targets_repeat_bitwise(compiled):  # noqa: ARG001
+    log_probs.test_results_with_several_targets_repeat_bitwise("native")
 
 
 @pytest.mark.parametrize("target", (-1, 70))
@@ -124,5 +150,14 @@ def test_what_the_module_refuses(compiled):
     ):
         with pytest.raises(ValueError, match=message):
             compiled.softmax_gradient(*good[:position], value, *good[position + 1 :])
+    good = (0, 1, 1, (2, 3, 0, 2), *integers, 0.0, *[rows.data_ptr()] * 3)
+    compiled.softmax_add(*good)
+    for address in (4, 5, 6, 8, 9, 10):
+        with pytest.raises(ValueError, match="address"):
+            compiled.softmax_add(*good[:address], 0, *good[address + 1 :])
+    good = (0, 1, 1, (2, 3, 2), data.data_ptr(), *[torch.zeros(4).data_ptr()] * 2)
     with pytest.raises(ValueError, match="at least one column of a block"):
-        compiled.softmax_blocks(0, 1, 1, (2, 3, 0), data.data_ptr(), rows.data_ptr(), rows.data_ptr())
+        compiled.softmax_blocks(*good[:3], (2, 3, 0), *good[4:])
+    for address in (4, 5, 6):
+        with pytest.raises(ValueError, match="address"):
+            compiled.softmax_blocks(*good[:address], 0, *good[address + 1 :])

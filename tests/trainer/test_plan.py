@@ -192,7 +192,8 @@ def test_operations_of_attention_and_head_by_hand():
     assert phases["policy"]["attention"] == 4 * 2 * 4 * (8 + 8) * pairs  # blocks, 2 per multiply-add, heads, D + Dv
     assert phases["backward"]["attention"] == 2.5 * phases["policy"]["attention"]
     rollouts = 2 * layout.num_anchors * 2
-    assert phases["policy"]["head"] == 2 * rollouts * 3 * 61 * 32
+    first_rows = 2 * layout.num_anchors  # all samples of an anchor have it in common
+    assert phases["policy"]["head"] == 2 * (first_rows + rollouts * 2) * 61 * 32
     assert phases["rollout: steps"]["rows"] == rollouts * 2
     assert phases["features"]["attention"] == 3 * 2 * 4 * 16 * int(layout.dense_mask().sum())
     assert phases["backward"]["head"] == 3 * phases["policy"]["head"]

@@ -12,8 +12,11 @@ from ebft_kernels import StridedLayout
 from ebft_kernels.integrations.transformers import OutputHead, decoder_layers, output_head
 from ebft_kernels.testing import assert_within_budget, randn
 from ebft_trainer import rollout
-from ebft_trainer.rollout import draw, draw_by_blocks, sample_rollouts
+from ebft_trainer.rollout import can_draw_by_blocks, draw, draw_by_blocks, sample_rollouts
 
+needs_compiled_code = pytest.mark.skipif(
+    not can_draw_by_blocks(torch.zeros(1, 1)), reason="drawing by blocks needs the compiled module"
+)
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt_oss")
 
 
@@ -100,7 +103,7 @@ def test_every_token_is_drawn_in_proportion(options, vocabulary, dtype):
     probability = (randn(3, vocabulary, seed=vocabulary) * spread).softmax(-1).to(dtype)
     # Equally spaced draws hit an interval of length p at most once too often or too seldom at either end.
     draws = [lambda uniform: draw(probability, uniform, **options)]
-    if not options:
+    if not options and can_draw_by_blocks(probability):
         draws.append(lambda uniform: draw_by_blocks(probability.log(), uniform)[0])
     for drawn in draws:
         difference = counted_out(drawn, probability) - cut_off(probability, **options)
@@ -113,23 +116,34 @@ def test_numbers_at_the_edges_never_draw_an_impossible_token():
         probability = torch.zeros(1, vocabulary)
         probability[0, 1] = probability[0, vocabulary // 2 + 1] = 0.5
         assert draw(probability, edges).tolist() == [[1, vocabulary // 2 + 1, vocabulary // 2 + 1]]
-        ids, log_probs = draw_by_blocks(probability.log(), edges)  # most blocks are nothing but -inf
-        assert ids.tolist() == [[1, vocabulary // 2 + 1, vocabulary // 2 + 1]]
-        assert (log_probs + math.log(2)).abs().max() <= 2 * torch.finfo(torch.float32).eps
         # Rounded probabilities do not sum to 1.
         assert draw(probability * (1 - 1e-6), edges)[0, 2] == vocabulary // 2 + 1
         assert set(draw(probability, edges, top_k=4)[0].tolist()) == {1, vocabulary // 2 + 1}
     one = torch.zeros(2, 3000).index_fill_(1, torch.tensor([2999]), 1.0)
     assert (draw(one, edges.expand(2, 3)) == 2999).all()
-    ids, log_probs = draw_by_blocks(one.log(), edges.expand(2, 3))
-    assert (ids == 2999).all() and (log_probs == 0).all()
     for options in ({}, {"top_k": 5}, {"top_p": 0.5}):
         ids = draw(torch.full((1, 3000), float("nan")), edges, **options)
         assert (ids >= 0).all() and (ids < 3000).all(), "a model that gives NaN must not index out of range"
-    ids, log_probs = draw_by_blocks(torch.full((1, 3000), float("nan")), edges)
+
+
+@needs_compiled_code
+def test_numbers_at_the_edges_never_draw_an_impossible_token_by_blocks():
+    edges = torch.tensor([[0.0, 0.5, 1.0]], dtype=torch.float64)
+    for vocabulary in (4, 3000):
+        logits = torch.full((1, vocabulary), -math.inf)  # most blocks are nothing else
+        logits[0, 1] = logits[0, vocabulary // 2 + 1] = 3.0
+        ids, log_probs = draw_by_blocks(logits, edges)
+        assert ids.tolist() == [[1, vocabulary // 2 + 1, vocabulary // 2 + 1]]
+        assert (log_probs + math.log(2)).abs().max() <= 2 * torch.finfo(torch.float32).eps
+    logits[0, 1] = -math.inf
+    logits = logits.expand(2, 3000)  # rows that share memory
+    ids, log_probs = draw_by_blocks(logits, edges.expand(2, 3))
+    assert (ids == 1501).all() and (log_probs == 0).all()
+    ids, log_probs = draw_by_blocks(torch.full((1, 3000), math.nan), edges)
     assert (ids >= 0).all() and (ids < 3000).all() and log_probs.isnan().all()
 
 
+@needs_compiled_code
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("vocabulary", (1, 129, 3000))
 def test_drawing_by_blocks_scores_what_it_draws(vocabulary, dtype):
@@ -142,15 +156,19 @@ def test_drawing_by_blocks_scores_what_it_draws(vocabulary, dtype):
         assert_within_budget(log_probs, eager, truth)
 
 
-def test_first_tokens_follow_the_models_distribution(plain):
+@pytest.mark.parametrize("options", ({}, {"top_k": 20, "top_p": 0.9}))
+@pytest.mark.parametrize("by_blocks", (False, True))
+def test_first_tokens_follow_the_models_distribution(by_blocks, options, plain, monkeypatch):
     """The numbers come from the generator, one for each sample: chi-square of 4000 samples of one anchor."""
     model = plain.build(seed=3)
     layout = StridedLayout.from_anchors(torch.tensor([[5]]), 6, horizon=1, samples=4000)
     prompt = plain.prompt_of(layout)
-    tokens, _ = sample_rollouts(model, prompt, layout, temperature=1.3, top_k=20, top_p=0.9, generator=generator())
+    if not by_blocks:
+        monkeypatch.setattr(rollout, "can_draw_by_blocks", lambda _logits: False)
+    tokens, _ = sample_rollouts(model, prompt, layout, temperature=1.3, generator=generator(), **options)
     with torch.no_grad():
         logits = model(input_ids=prompt[:, :5]).logits[:, -1]
-    expected = 4000 * cut_off((logits / 1.3).softmax(-1), top_k=20, top_p=0.9)[0]
+    expected = 4000 * cut_off((logits / 1.3).softmax(-1), **options)[0]
     observed = torch.bincount(tokens.flatten(), minlength=plain.vocabulary)
     assert not observed[expected == 0].any()
     observed, expected = observed[expected > 0], expected[expected > 0]
@@ -229,6 +247,20 @@ def test_float64_models_are_sampled_in_float64(plain):
     model, layout = plain.build(dtype=torch.float64), plain.layouts["strided"]()
     _, log_probs = sample_rollouts(model, plain.prompt_of(layout), layout, temperature=1.0)
     assert log_probs.dtype == torch.float64
+
+
+def test_autocast_leaves_float64_alone(plain):
+    model, layout = plain.build(dtype=torch.float64), plain.layouts["strided"]()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, log_probs = sample_rollouts(model, plain.prompt_of(layout), layout, temperature=0.7)
+    assert log_probs.dtype == torch.float64
+
+
+def test_a_low_temperature_does_not_overflow_float16():
+    head = OutputHead(torch.tensor([[60.0], [59.0], [0.0]]).half(), None, 1.0, None)
+    sampler = rollout._Sampler(1e-4, 1.0, 0, generator())
+    ids, log_probs = sampler.draw_rows(torch.ones(5, 1, dtype=torch.float16), head, 2)
+    assert (ids == 0).all() and (log_probs == 0).all()
 
 
 def test_autocast(plain):
