@@ -342,18 +342,14 @@ def test_results_repeat_bitwise():
 @pytest.mark.parametrize("impl", IMPLS[1:])
 def test_results_with_several_targets_repeat_bitwise(impl):
     """So many that PyTorch might have threads add them up, in any order."""
-    count, threads = 65536, torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(False)
+    count = 65536
     hidden, weight, _, _ = inputs(1, 2, 4, dtype=torch.float32)
     rows, targets = torch.zeros(count, dtype=torch.int64), torch.arange(count) % 4
     leaves, upstream = [x.requires_grad_() for x in (hidden, weight)], randn(count, seed=5, dtype=torch.float32)
-    try:
-        torch.set_num_threads(2)
-        torch.use_deterministic_algorithms(False)
-        result = linear_log_probs(hidden, weight, targets, rows=rows, impl=impl)
-        first, *others = (torch.autograd.grad(result, leaves, upstream, retain_graph=True) for _ in range(20))
-    finally:
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(True)
+    result = linear_log_probs(hidden, weight, targets, rows=rows, impl=impl)
+    first, *others = (torch.autograd.grad(result, leaves, upstream, retain_graph=True) for _ in range(20))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
