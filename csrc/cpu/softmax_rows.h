@@ -3,8 +3,8 @@
 
 constexpr int64_t softmax_piece = 1024;
 
-// A piece of a row: softcap * tanh(x), or x where softcap is 0; vectors are filled up with -inf. `slopes`,
-// if there is a softcap and it is not null, becomes the derivative of tanh.
+// A piece of a row: softcap * tanh(x), or x where softcap is 0; vectors are filled up with -inf. `slopes`, if there
+// is a softcap and it is not null, becomes the derivative of tanh.
 template <class T, class S>
 static void load_logits(const T* from, int64_t count, S softcap, S* logits, S* slopes) {
   load_row<T>(from, count, S(1), logits);

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from ..logprob._tiled import multiply
 from ._models import architecture_of, base_model, decoder_of, last_hidden
 
 
@@ -41,8 +42,7 @@ class OutputHead(NamedTuple):
         hidden = hidden.to(self.weight.dtype)
         if memory is not None and not torch.is_autocast_enabled(hidden.device.type):
             factor = self.scale if self.softcap is None else self.scale / self.softcap
-            start, beta = (memory, 0) if self.bias is None else (self.bias, factor)
-            logits = torch.addmm(start, hidden, self.weight.mT, beta=beta, alpha=factor, out=memory)
+            logits = multiply(hidden, self.weight, self.bias, factor, out=memory)
             return logits if self.softcap is None else logits.tanh_().mul_(self.softcap)
         logits = F.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:

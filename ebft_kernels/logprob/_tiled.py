@@ -143,6 +143,12 @@ def backward(
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
+def multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None, factor: float, *, out: Tensor) -> Tensor:
+    """``factor * (hidden W^T + bias)``, written to ``out`` [M, N]."""
+    start, beta = (out, 0) if bias is None else (bias, factor)
+    return torch.addmm(start, hidden, weight.mT, beta=beta, alpha=factor, out=out)
+
+
 def add_at(total: Tensor, index: Tensor, summands: Tensor) -> Tensor:
     """``total`` [N], to which ``summands`` [K] are added at ``index`` [K], always in the same order."""
     if total.device.type == "cpu":
@@ -200,12 +206,5 @@ def _tiles(
             columns = slice(column, min(column + tile_columns, vocabulary))
             shape = rows.stop - rows.start, columns.stop - columns.start
             data = memory[: shape[0] * shape[1]].view(shape)
-            torch.addmm(
-                data if bias is None else bias[columns],
-                hidden[rows],
-                weight[columns].mT,
-                beta=0 if bias is None else factor,
-                alpha=factor,
-                out=data,
-            )
+            multiply(hidden[rows], weight[columns], None if bias is None else bias[columns], factor, out=data)
             yield Tile(rows, columns, data, targets, cap)

@@ -26,7 +26,7 @@ from ebft_kernels.logprob._tiled import tile_shape
 
 from .config import EBFTOptions
 from .features import FeatureNetwork
-from .rollout import rows_at_once
+from .rollout import draws_by_blocks, rows_at_once
 
 OBJECTIVES = ("ebft", "sft", "rlvr")
 WEIGHTS, FEATURE_NETWORK, GRADIENTS, OPTIMIZER = "weights", "feature network", "gradients", "optimizer states"
@@ -196,8 +196,7 @@ def _sampling_workspace(on_cpu: bool, rows: int, head: Tensor, options: EBFTOpti
     are cut off. Greedy rollouts have all log-probabilities beside them."""
     numbers = min(rows, rows_at_once(head.shape[0])) * head.shape[0]
     narrow, wide = head.dtype.itemsize, max(4, head.dtype.itemsize)
-    drawn_from_all = options.temperature and not options.top_k and options.top_p == 1
-    if drawn_from_all and on_cpu and head.dtype != torch.float16 and _native("linear_log_probs", head):
+    if on_cpu and head.dtype != torch.float16 and draws_by_blocks(options, "cpu", head.dtype):
         return numbers * narrow
     return numbers * (wide + (narrow if narrow < wide else 0) + (0 if options.temperature else wide))
 

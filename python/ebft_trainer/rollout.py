@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from ebft_kernels._checks import check_int, check_tensor
 from ebft_kernels.integrations._models import base_model
 from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head
 from ebft_kernels.logprob._native import block_statistics
+
+if TYPE_CHECKING:
+    from .config import EBFTOptions
 
 # Logits held at once: 64 MB in float32.
 _CHUNK_NUMEL = 1 << 24
@@ -189,7 +193,7 @@ class _Sampler:
 
     def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and log-probabilities [R, d] from logits [R, V], which may be overwritten, and uniform numbers [R, d]."""
-        if self.temperature and not self.top_k and self.top_p == 1 and can_draw_by_blocks(logits):
+        if draws_by_blocks(self, logits.device, logits.dtype):
             return draw_by_blocks(logits, uniform)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature == 0:
@@ -202,9 +206,11 @@ class _Sampler:
         return index, probability.gather(1, index).log_()
 
 
-def can_draw_by_blocks(logits: Tensor) -> bool:
-    """Whether the compiled code is there: in PyTorch all probabilities in place take less time, and less memory."""
-    return select_impl("linear_log_probs", logits.device, logits.dtype) == "native"
+def draws_by_blocks(options: _Sampler | EBFTOptions, device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether tokens are drawn from all of the softmax, and there is compiled code for such logits: in PyTorch all
+    probabilities in place take less time, and less memory."""
+    from_all = options.temperature > 0 and not options.top_k and options.top_p == 1
+    return from_all and select_impl("linear_log_probs", device, dtype) == "native"
 
 
 def draw_by_blocks(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from ebft_kernels import StridedLayout
+from ebft_kernels import StridedLayout, _native
 from ebft_kernels.integrations.transformers import OutputHead, decoder_layers, output_head
 from ebft_kernels.testing import assert_within_budget, randn
 from ebft_trainer import rollout
-from ebft_trainer.rollout import can_draw_by_blocks, draw, draw_by_blocks, sample_rollouts
+from ebft_trainer.rollout import draw, draw_by_blocks, sample_rollouts
 
-needs_compiled_code = pytest.mark.skipif(
-    not can_draw_by_blocks(torch.zeros(1, 1)), reason="drawing by blocks needs the compiled module"
-)
+WHY_NOT_BY_BLOCKS = _native.why_not("cpu")
+needs_compiled_code = pytest.mark.skipif(bool(WHY_NOT_BY_BLOCKS), reason=WHY_NOT_BY_BLOCKS)
 ARCHITECTURES = ("llama", "qwen2", "gemma2", "gpt_oss")
 
 
@@ -103,7 +102,7 @@ def test_every_token_is_drawn_in_proportion(options, vocabulary, dtype):
     probability = (randn(3, vocabulary, seed=vocabulary) * spread).softmax(-1).to(dtype)
     # Equally spaced draws hit an interval of length p at most once too often or too seldom at either end.
     draws = [lambda uniform: draw(probability, uniform, **options)]
-    if not options and can_draw_by_blocks(probability):
+    if not options and not WHY_NOT_BY_BLOCKS:
         draws.append(lambda uniform: draw_by_blocks(probability.log(), uniform)[0])
     for drawn in draws:
         difference = counted_out(drawn, probability) - cut_off(probability, **options)
@@ -156,15 +155,16 @@ def test_drawing_by_blocks_scores_what_it_draws(vocabulary, dtype):
         assert_within_budget(log_probs, eager, truth)
 
 
-@pytest.mark.parametrize("options", ({}, {"top_k": 20, "top_p": 0.9}))
-@pytest.mark.parametrize("by_blocks", (False, True))
-def test_first_tokens_follow_the_models_distribution(by_blocks, options, plain, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "by_blocks"), (({}, True), ({}, False), ({"top_k": 20, "top_p": 0.9}, False)), ids=str
+)
+def test_first_tokens_follow_the_models_distribution(options, by_blocks, plain, monkeypatch):
     """The numbers come from the generator, one for each sample: chi-square of 4000 samples of one anchor."""
     model = plain.build(seed=3)
     layout = StridedLayout.from_anchors(torch.tensor([[5]]), 6, horizon=1, samples=4000)
     prompt = plain.prompt_of(layout)
     if not by_blocks:
-        monkeypatch.setattr(rollout, "can_draw_by_blocks", lambda _logits: False)
+        monkeypatch.setattr(rollout, "draws_by_blocks", lambda *_: False)
     tokens, _ = sample_rollouts(model, prompt, layout, temperature=1.3, generator=generator(), **options)
     with torch.no_grad():
         logits = model(input_ids=prompt[:, :5]).logits[:, -1]
