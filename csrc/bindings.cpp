@@ -167,7 +167,8 @@ cpu::Tokens tokens(const Sizes& sizes, uintptr_t rollout_rows, uintptr_t target_
 }
 
 cpu::PoolingOptions pooling_options(int pooling, int normalization) {
-  return {checked_enum<Pooling>("pooling", pooling, 4), checked_enum<Normalization>("normalization", normalization, 3)};
+  return {checked_enum<Pooling>("pooling", pooling, poolings),
+          checked_enum<Normalization>("normalization", normalization, normalizations)};
 }
 
 void pool_features(int isa, int threads, int dtype, const Sizes& sizes, const Layers& layers, uintptr_t rollout_rows,
@@ -321,6 +322,8 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("compiler") = "unknown";
 #endif
+  m.attr("poolings") = std::vector<std::string>(pooling_names, pooling_names + poolings);
+  m.attr("normalizations") = std::vector<std::string>(normalization_names, normalization_names + normalizations);
   m.def("isas", &isas, "Instruction sets that this machine can run, the best last.");
   m.def("feature_matching", &feature_matching);
   m.def("mean_embedding_forward", &mean_embedding_forward);

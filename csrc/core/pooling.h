@@ -6,8 +6,14 @@
 
 namespace ebft {
 
+// In the order of the tables in ebft_kernels/pooling/modes.py; a test compares the names.
 enum class Pooling : int { last_token, mean, concat, token };
+constexpr const char* pooling_names[] = {"last_token", "mean", "concat", "token"};
+constexpr int poolings = sizeof pooling_names / sizeof *pooling_names;
+
 enum class Normalization : int { joint, per_layer, none };
+constexpr const char* normalization_names[] = {"joint", "per_layer", "none"};
+constexpr int normalizations = sizeof normalization_names / sizeof *normalization_names;
 
 // Where the hidden state of one layer of one token stands in a feature, in elements.
 struct FeatureLayout {
@@ -17,11 +23,19 @@ struct FeatureLayout {
 
   EBFT_FN FeatureLayout(Pooling pooling, int64_t layers, int64_t steps, int64_t channels)
       : size(layers * channels), layer(channels), step(0) {
-    if (pooling == Pooling::concat || pooling == Pooling::token) size *= steps;
-    if (pooling == Pooling::token) step = layers * channels;
-    if (pooling == Pooling::concat) {
-      layer = steps * channels;
-      step = channels;
+    switch (pooling) {  // without a default, so that the compiler names this place to whoever adds a pooling
+      case Pooling::last_token:
+      case Pooling::mean:
+        break;
+      case Pooling::concat:
+        size *= steps;
+        layer = steps * channels;
+        step = channels;
+        break;
+      case Pooling::token:
+        size *= steps;
+        step = layers * channels;
+        break;
     }
   }
 };

@@ -75,8 +75,8 @@ typedef struct {
   const int64_t* rollout_rows;  // [B, A, n, K]
   const int64_t* target_rows;   // [B, A, K]
   const uint8_t* counted;       // [B, A, K], or null: all count
-  int32_t pooling;              // 0 last_token (K = 1), 1 mean, 2 concat, 3 token
-  int32_t normalization;        // 0 joint, 1 per_layer, 2 none
+  int32_t pooling;              // of ebft::Pooling, see core/pooling.h; K = 1 for last_token
+  int32_t normalization;        // of ebft::Normalization
   int32_t layers;               // L
   EbftCudaLayer layer[ebft_cuda_most_layers];
 } EbftCudaTokens;

@@ -20,6 +20,13 @@ inline EbftCudaStatus bad_argument(const char* what, long long got) {
   return status;
 }
 
+// For a number that stands for one of `count` choices.
+inline EbftCudaStatus bad_choice(const char* name, int count, int got) {
+  EbftCudaStatus status = {ebft_cuda_bad_argument, {}};
+  snprintf(status.message, sizeof status.message, "%s: expected a number from 0 to %d, got %d", name, count - 1, got);
+  return status;
+}
+
 inline EbftCudaStatus null_address(const char* name) {
   EbftCudaStatus status = {ebft_cuda_bad_argument, {}};
   snprintf(status.message, sizeof status.message, "%s: expected an address, got null", name);

@@ -140,8 +140,8 @@ EbftCudaStatus check(const EbftCudaFeatures& x, int64_t groups, int whitening, i
     return bad_argument("n: on CUDA feature matching takes at most 16 rollouts per anchor", x.rollouts_per_anchor);
   }
   if (groups < 1 || x.features % groups) return bad_argument("groups: expected a divisor of F", groups);
-  if (whitening < 0 || whitening > 2) return bad_argument("whitening: expected a number from 0 to 2", whitening);
-  if (estimator < 0 || estimator > 2) return bad_argument("estimator: expected a number from 0 to 2", estimator);
+  if (whitening < 0 || whitening > 2) return bad_choice("whitening", 3, whitening);
+  if (estimator < 0 || estimator > 2) return bad_choice("estimator", 3, estimator);
   if (count_anchors(x) == 0) return {};
   if (!x.targets) return null_address("targets");
   if (!gram) return null_address("gram");

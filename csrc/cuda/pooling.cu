@@ -246,15 +246,15 @@ bool rows_are_aligned(const EbftCudaTokens& x, int64_t element_bytes) {
 
 EbftCudaStatus check(int dtype, const EbftCudaTokens* x) {
   if (!x) return null_address("tokens");
-  if (dtype < 0 || dtype > 3) return bad_argument("dtype: expected a number from 0 to 3", dtype);
+  if (dtype < 0 || dtype > 3) return bad_choice("dtype", 4, dtype);
   for (int64_t size : {x->batch, x->packed, x->channels, x->anchors}) {
     if (size < 0) return bad_argument("sizes: expected no negative one", size);
   }
   if (x->samples < 1) return bad_argument("n: expected at least one rollout", x->samples);
   if (x->steps < 1) return bad_argument("K: expected at least one token", x->steps);
-  if (x->pooling < 0 || x->pooling > 3) return bad_argument("pooling: expected a number from 0 to 3", x->pooling);
-  if (x->normalization < 0 || x->normalization > 2) {
-    return bad_argument("normalization: expected a number from 0 to 2", x->normalization);
+  if (x->pooling < 0 || x->pooling >= poolings) return bad_choice("pooling", poolings, x->pooling);
+  if (x->normalization < 0 || x->normalization >= normalizations) {
+    return bad_choice("normalization", normalizations, x->normalization);
   }
   if (x->layers < 1 || x->layers > ebft_cuda_most_layers) {
     return bad_argument("layers: on CUDA pooling takes 1 to 64 layers", x->layers);

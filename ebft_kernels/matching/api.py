@@ -12,7 +12,8 @@ from .._checks import FLOATING, check_finite, check_int, check_option, check_ten
 from .._dispatch import implementation, resolve_impl
 from ..layout import StridedLayout
 from ..pooling import pool_features
-from ..pooling.api import NORMALIZATIONS, POOLINGS, check_hidden_states, feature_rows
+from ..pooling.api import check_hidden_states, feature_rows
+from ..pooling.modes import NORMALIZATIONS, POOLINGS
 from . import _reference
 
 WHITENINGS = ("none", "sample", "feature")
@@ -242,7 +243,7 @@ def match_hidden_states(
             valid=valid,
             impl=impl,
         )
-    rows = feature_rows(layout, token_mask, last_only=pooling == "last_token")
+    rows = feature_rows(layout, token_mask, last_only=POOLINGS[pooling].last_only)
     results = _hidden_op(hidden_states, *rows, pooling, normalize, whitening, *coefs, estimator, groups)
     return _results(results, valid, per_token=pooling == "token")
 

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from .. import _native
 from ._common import empty_features
-
-_POOLINGS = {"last_token": 0, "mean": 1, "concat": 2, "token": 3}
-_NORMALIZATIONS = {"joint": 0, "per_layer": 1, "none": 2}
+from .modes import NORMALIZATIONS, POOLINGS
 
 
 def forward(
@@ -29,8 +27,7 @@ def forward(
         rollout_rows: [B, A, n, K] int64, the packed rows whose tokens make up each feature.
         target_rows: [B, A, K] int64.
         weight: [B, A, K] bool, which of these tokens count; None: all.
-        pooling: "last_token" (K = 1), "mean", "concat" or "token".
-        normalize: "joint", "per_layer" or "none".
+        pooling, normalize: keys of ``POOLINGS`` and ``NORMALIZATIONS``.
     """
     hidden = [_native.rows(x) for x in hidden_states]
     rollouts, targets = empty_features(hidden, rollout_rows, target_rows, pooling)
@@ -99,6 +96,6 @@ def _inputs(hidden: list[Tensor], index: list[Tensor | None], pooling: str, norm
         (*hidden[0].shape, *index[0].shape[1:]),
         [_layer(x) for x in hidden],
         *(0 if x is None else x.data_ptr() for x in index),
-        _POOLINGS[pooling],
-        _NORMALIZATIONS[normalize],
+        POOLINGS[pooling].code,
+        NORMALIZATIONS.index(normalize),
     )

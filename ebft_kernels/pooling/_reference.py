@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import StridedLayout
+from .modes import combine
 
 
 def pool_features(
@@ -38,15 +39,4 @@ def _pool(tokens: Tensor, counted: Tensor, pooling: str, normalize: str) -> Tens
         tokens = F.normalize(tokens.flatten(-2), dim=-1).view_as(tokens)
     elif normalize == "per_layer":
         tokens = F.normalize(tokens, dim=-1)
-    tokens = tokens * counted[..., None, None]
-    if pooling == "token":
-        return tokens.flatten(-2)
-    if pooling == "concat":
-        return tokens.movedim(-2, -3).flatten(-3)  # layers outermost
-    if pooling == "mean":
-        return tokens.mean(-3).flatten(-2)
-    # last_token: the largest step that counts; where none does, all tokens are zero and any of them will do.
-    steps = torch.arange(counted.shape[-1], device=counted.device)
-    last = torch.where(counted, steps, 0).amax(-1)[..., None, None, None]
-    last = last.expand(*tokens.shape[:-3], 1, *tokens.shape[-2:])
-    return tokens.gather(-3, last).flatten(-3)
+    return combine(tokens * counted[..., None, None], counted, pooling)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# As torch.nn.functional.normalize.
-EPS = 1e-12
+from .modes import POOLINGS, SHORTEST_TOKEN
+
 # Gathered rows that are worked on together: few enough to stay in a CPU's cache; enough to keep an accelerator busy.
 CPU_TILE_BYTES = 2 << 20
 TILE_BYTES = 64 << 20
@@ -29,8 +29,7 @@ def forward(
         rollout_rows: [B, A, n, K] int64, the packed rows whose tokens make up each feature.
         target_rows: [B, A, K] int64.
         weight: [B, A, K] bool, which of these tokens count; None: all.
-        pooling: "last_token" (K = 1), "mean", "concat" or "token".
-        normalize: "joint", "per_layer" or "none".
+        pooling, normalize: keys of ``POOLINGS`` and ``NORMALIZATIONS``.
     """
     rollout_weight = None if weight is None else weight[:, :, None].expand_as(rollout_rows)
     return (
@@ -57,7 +56,7 @@ def backward(
     parts = ((grad_rollouts, rollout_rows, rollout_weight), (grad_targets, target_rows, weight))
     for grad, rows, part_weight in parts:
         grad = _by_token(grad, rows, len(hidden_states), channels, pooling)
-        if pooling == "mean":
+        if POOLINGS[pooling].adds_up:
             grad = grad / rows.shape[-1]
         for items, index, tokens in _tiles(hidden_states, rows):
             item_weight = None if part_weight is None else part_weight.reshape(-1, rows.shape[-1], 1)[items]
@@ -70,25 +69,26 @@ def backward(
 def _pool(hidden_states: Sequence[Tensor], rows: Tensor, weight: Tensor | None, pooling: str, normalize: str) -> Tensor:
     layers, channels = len(hidden_states), hidden_states[0].shape[-1]
     dtype = torch.promote_types(hidden_states[0].dtype, torch.float32)
-    kept = (rows.shape[-1],) if pooling in ("concat", "token") else ()
-    out = rows.new_empty(*rows.shape[:-1], *kept, layers * channels, dtype=dtype)
+    mode = POOLINGS[pooling]
+    out = rows.new_empty(*rows.shape[:-1], *mode.shape(rows.shape[-1], layers, channels), dtype=dtype)
     by_token = _by_token(out, rows, layers, channels, pooling)
     for items, _, tokens in _tiles(hidden_states, rows):
         if normalize != "none":
-            tokens /= _norm(tokens, normalize).clamp_min_(EPS)
+            tokens /= _norm(tokens, normalize).clamp_min_(SHORTEST_TOKEN)
         if weight is not None:
             tokens *= weight.reshape(-1, rows.shape[-1], 1)[items]
-        by_token[:, items] = tokens.mean(2, keepdim=True) if pooling == "mean" else tokens
-    return out.flatten(-2) if pooling == "concat" else out
+        by_token[:, items] = tokens.mean(2, keepdim=True) if mode.adds_up else tokens
+    return out
 
 
 def _by_token(features: Tensor, rows: Tensor, layers: int, channels: int, pooling: str) -> Tensor:
-    """Pooled features (any leading shape) as [L, M, K, C], a view if they are contiguous; K = 1 for ``"mean"``."""
-    steps = rows.shape[-1]
-    items = rows.numel() // steps
-    if pooling == "concat":
-        return features.reshape(items, layers, steps, channels).movedim(1, 0)
-    return features.reshape(items, 1 if pooling == "mean" else steps, layers, channels).movedim(2, 0)
+    """Pooled features (any leading shape) as [L, M, K, C], a view if they are contiguous; K = 1 where tokens add up."""
+    mode = POOLINGS[pooling]
+    steps = 1 if mode.adds_up else rows.shape[-1]
+    items = rows.numel() // rows.shape[-1]
+    if mode.own_axis:
+        return features.reshape(items, steps, layers, channels).movedim(2, 0)
+    return features.reshape(items, layers, steps, channels).movedim(1, 0)
 
 
 def _tiles(hidden_states: Sequence[Tensor], rows: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -124,11 +124,11 @@ def _token_gradient(grad: Tensor, tokens: Tensor, weight: Tensor | None, normali
     if normalize == "none":
         return grad.expand_as(tokens)
     norm = _norm(tokens, normalize)
-    clamped = norm.clamp_min(EPS)
+    clamped = norm.clamp_min(SHORTEST_TOKEN)
     unit = tokens.div_(clamped)
-    # Along the token itself its unit vector does not change, unless it is so short that it is divided by EPS.
+    # Along the token itself its unit vector does not change, unless it is so short that it is divided by a constant.
     axes = (0, -1) if normalize == "joint" else (-1,)
-    along = (grad * unit).sum(axes, keepdim=True) * (norm > EPS)
+    along = (grad * unit).sum(axes, keepdim=True) * (norm > SHORTEST_TOKEN)
     return unit.mul_(along).neg_().add_(grad).div_(clamped)
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from .._tiles import pooling_tiles
 from .._triton import launch, target_of
 from ._common import empty_features
+from .modes import POOLINGS, SHORTEST_TOKEN
 
-_EPS = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
+_SHORTEST = tl.constexpr(SHORTEST_TOKEN)
 
 
 def forward(
@@ -36,8 +37,8 @@ def forward(
     rollouts, targets = empty_features(hidden_states, rollout_rows, target_rows, pooling)
     *hidden, align = addresses(hidden_states)
     batch_size, anchors, samples, _ = rollout_rows.shape
-    mean = pooling == "mean"
-    programs = batch_size * anchors * (samples + 1) * (1 if mean else steps)
+    mode = POOLINGS[pooling]
+    programs = batch_size * anchors * (samples + 1) * (1 if mode.adds_up else steps)
     launch(
         pool_fwd_kernel,
         lambda _: (programs if channels else 0,),
@@ -51,12 +52,12 @@ def forward(
         samples,
         steps,
         device=first.device,
-        tiles=pooling_tiles(target_of(first.device), layers, channels, first.element_size(), 2 if mean else 1),
+        tiles=pooling_tiles(target_of(first.device), layers, channels, first.element_size(), 2 if mode.adds_up else 1),
         L=layers,
         C=channels,
-        KP=triton.next_power_of_2(steps) if mean else 1,
-        MEAN=mean,
-        CONCAT=pooling == "concat",
+        KP=triton.next_power_of_2(steps) if mode.adds_up else 1,
+        MEAN=mode.adds_up,
+        CONCAT=mode.side_by_side,
         NORMALIZE=normalize,
         ALIGN=align,
     )
@@ -74,7 +75,7 @@ def backward(
     normalize: str,
 ) -> list[Tensor]:
     """Gradients of the hidden states, from those of the two results of :func:`forward`."""
-    first = hidden_states[0]
+    first, mode = hidden_states[0], POOLINGS[pooling]
     batch_size, packed_length, channels = first.shape
     layers, steps = len(hidden_states), rollout_rows.shape[3]
     grads = [torch.empty_like(hidden, memory_format=torch.contiguous_format) for hidden in hidden_states]
@@ -97,8 +98,8 @@ def backward(
         tiles=tiles,
         L=layers,
         C=channels,
-        MEAN=pooling == "mean",
-        CONCAT=pooling == "concat",
+        MEAN=mode.adds_up,
+        CONCAT=mode.side_by_side,
         NORMALIZE=normalize,
         ALIGN=align,
     )
@@ -195,8 +196,8 @@ def _norms(squares, L: tl.constexpr):
     norms = ()
     for layer in tl.static_range(L):
         norm = tl.sqrt_rn(squares[layer])
-        # Not tl.maximum, which would turn the norm of a token that holds NaN into EPS.
-        norms = norms + (tl.where(norm < _EPS, _EPS, norm),)
+        # Not tl.maximum, which would turn the norm of a token that holds NaN into the bound.
+        norms = norms + (tl.where(norm < _SHORTEST, _SHORTEST, norm),)
     return norms
 
 
@@ -388,13 +389,13 @@ def _gradient_tile(
 def _along(products, squares, L: tl.constexpr):
     """Per layer: by what the token is multiplied and taken off the gradient, which has no part along the token.
 
-    A token so short that it is divided by EPS is scaled only; nothing is taken off.
+    A token so short that it is divided by a constant is scaled only; nothing is taken off.
     """
     factors = ()
     for layer in tl.static_range(L):
         norm = tl.sqrt_rn(squares[layer])
-        divisor = tl.where(norm <= _EPS, 1.0, norm)
-        factors = factors + (tl.where(norm <= _EPS, 0.0, tl.div_rn(tl.div_rn(products[layer], divisor), divisor)),)
+        divisor = tl.where(norm <= _SHORTEST, 1.0, norm)
+        factors = factors + (tl.where(norm <= _SHORTEST, 0.0, tl.div_rn(tl.div_rn(products[layer], divisor), divisor)),)
     return factors
 
 

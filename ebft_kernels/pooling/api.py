@@ -12,9 +12,7 @@ from .._dispatch import implementation, resolve_impl
 from ..layout import StridedLayout
 from . import _reference
 from ._common import empty_features
-
-POOLINGS = ("last_token", "mean", "concat", "token")
-NORMALIZATIONS = ("joint", "per_layer", "none")
+from .modes import NORMALIZATIONS, POOLINGS, combine, last_counted
 
 
 def pool_features(
@@ -63,7 +61,7 @@ def pool_features(
     check_option("pooling", pooling, POOLINGS)
     check_option("normalize", normalize, NORMALIZATIONS)
     layers = len(hidden_states)
-    sizes = {"L": layers, "L*K": layers * (layout.horizon if pooling == "mean" else 1)}
+    sizes = {"L": layers, "L*K": layers * (layout.horizon if POOLINGS[pooling].adds_up else 1)}
     impl = resolve_impl("pool_features", impl, hidden_states[0].device, hidden_states[0].dtype, sizes)
     if impl == "reference":
         return _reference.pool_features(
@@ -76,7 +74,7 @@ def pool_features(
         )
     if rollout_mask is not None:
         return _pool_by_own_masks(hidden_states, layout, token_mask, rollout_mask, pooling, normalize, impl)
-    rollout_rows, target_rows, weight = feature_rows(layout, token_mask, last_only=pooling == "last_token")
+    rollout_rows, target_rows, weight = feature_rows(layout, token_mask, last_only=POOLINGS[pooling].last_only)
     return _forward_op(hidden_states, rollout_rows, target_rows, weight, pooling, normalize, impl)
 
 
@@ -116,14 +114,9 @@ def feature_rows(
         return rollouts, targets, counted
     if counted is None:
         return rollouts[..., -1:], targets[..., -1:], None
-    last = _last_counted(counted)
+    last = last_counted(counted)
     rollout_last = last[:, :, None].expand(-1, -1, layout.samples, -1)
     return rollouts.gather(-1, rollout_last), targets.gather(-1, last), counted.any(-1, keepdim=True)
-
-
-def _last_counted(counted: Tensor) -> Tensor:
-    """[..., G] bool -> [..., 1] int64, the last step that counts; 0 if none does."""
-    return torch.where(counted, torch.arange(counted.shape[-1], device=counted.device), 0).amax(-1, keepdim=True)
 
 
 def _pool_by_own_masks(
@@ -137,23 +130,22 @@ def _pool_by_own_masks(
 ) -> tuple[Tensor, Tensor]:
     """The op has one mask for all rollouts of an anchor, so here masks are applied to the features that it gives.
 
-    For "mean" that takes the features of every token, in memory.
+    Unless only the last token is read, that takes the features of every token, in memory.
     """
     rows = feature_rows(layout, None, last_only=False)[:2]  # [B, A, n, G] and [B, A, G]
     window_mask = torch.ones_like(rows[1], dtype=torch.bool) if token_mask is None else layout.windows(token_mask)
     masks = (rollout_mask, window_mask)
-    if pooling == "last_token":
-        rows = [x.gather(-1, _last_counted(mask)) for x, mask in zip(rows, masks, strict=True)]
+    if POOLINGS[pooling].last_only:
+        rows = [x.gather(-1, last_counted(mask)) for x, mask in zip(rows, masks, strict=True)]
         features = _forward_op(hidden_states, *rows, None, pooling, normalize, impl)
         rollouts, targets = (x * mask.any(-1, keepdim=True) for x, mask in zip(features, masks, strict=True))
         return rollouts, targets
     features = _forward_op(hidden_states, *rows, None, "token", normalize, impl)
-    tokens = [x * mask[..., None] for x, mask in zip(features, masks, strict=True)]  # [..., G, F]
-    if pooling == "mean":
-        tokens = [x.mean(-2) for x in tokens]
-    elif pooling == "concat":
-        tokens = [x.unflatten(-1, (len(hidden_states), -1)).movedim(-2, -3).flatten(-3) for x in tokens]
-    return tokens[0], tokens[1]
+    rollouts, targets = (
+        combine((x * mask[..., None]).unflatten(-1, (len(hidden_states), -1)), mask, pooling)
+        for x, mask in zip(features, masks, strict=True)
+    )
+    return rollouts, targets
 
 
 _INPUTS = "Tensor[] hidden_states, Tensor rollout_rows, Tensor target_rows, Tensor? weight"

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from ebft_kernels.matching.api import ESTIMATORS, WHITENINGS
-from ebft_kernels.pooling.api import NORMALIZATIONS, POOLINGS
+from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS
 
 #: What each objective trains: the coefficients that are not given.
 OBJECTIVES = {

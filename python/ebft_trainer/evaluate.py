@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft_kernels import StridedLayout, feature_matching
+from ebft_kernels.pooling.modes import combine
 
 from .config import EBFTOptions
 from .features import FeatureMap, FeatureNetwork
@@ -137,17 +138,8 @@ def pool_first_tokens(features: Tensor, counted: Tensor, horizon: int, pooling: 
     Returns:
         [..., F]; [..., g, F] for ``"token"``; [..., g F] for ``"concat"``.
     """
-    features = features[..., :horizon, :]
-    if pooling == "token":
-        return features
-    if pooling == "concat":
-        return features.unflatten(-1, (groups, -1)).transpose(-2, -3).flatten(-3)
-    if pooling == "mean":
-        return features.mean(-2)
-    steps = torch.arange(horizon, device=features.device)
-    last = torch.where(counted[..., :horizon], steps, 0).amax(-1)  # [...]
-    last = last.expand(features.shape[:-2])[..., None, None].expand(*features.shape[:-2], 1, features.shape[-1])
-    return features.gather(-2, last).squeeze(-2)
+    tokens = features[..., :horizon, :].unflatten(-1, (groups, -1))
+    return combine(tokens, counted[..., :horizon], pooling)
 
 
 def evaluation_metrics(sums: Tensor, horizon: int) -> dict[str, float]:

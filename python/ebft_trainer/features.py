@@ -16,12 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from ebft_kernels import StridedLayout, pool_features
 from ebft_kernels._checks import check_option, check_tensor
 from ebft_kernels.integrations.transformers import decoder_layers, hidden_states
-from ebft_kernels.pooling.api import NORMALIZATIONS, POOLINGS
+from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS, SHORTEST_TOKEN
 
 from .rollout import evaluation_mode
-
-# As torch.nn.functional.normalize, and as pool_features.
-_EPS = 1e-12
 
 
 class FeatureMap(Protocol):
@@ -160,7 +157,7 @@ class FeatureNetwork(nn.Module):
         pooling = self.pooling if pooling is None else pooling
         check_option("pooling", pooling, POOLINGS)
         masks = {"token_mask": token_mask, "rollout_mask": rollout_mask}
-        at_once = self.normalize != "joint" or pooling == "last_token"
+        at_once = self.normalize != "joint" or POOLINGS[pooling].last_only
         normalize = "none" if self.normalize == "joint" else self.normalize
         taken: dict[int, Any] = {}
 
@@ -177,7 +174,7 @@ class FeatureNetwork(nn.Module):
         rollouts, targets = (torch.cat(part, -1) for part in zip(*parts, strict=True))
         if self.normalize != "joint":
             return rollouts, targets
-        return F.normalize(rollouts, dim=-1, eps=_EPS), F.normalize(targets, dim=-1, eps=_EPS)
+        return F.normalize(rollouts, dim=-1, eps=SHORTEST_TOKEN), F.normalize(targets, dim=-1, eps=SHORTEST_TOKEN)
 
     def _run(self, packed: Tensor, layout: StridedLayout, take: Callable[[int, Tensor], None]) -> None:
         """One forward that hands each tapped hidden state to ``take`` and ends with the deepest."""

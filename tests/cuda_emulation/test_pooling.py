@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ebft_kernels import StridedLayout, pool_features
 from ebft_kernels.pooling import api
+from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS
 from ebft_kernels.testing import LAYOUTS, assert_within_budget
 
 from ..op_checks import results_and_gradients
@@ -19,7 +20,7 @@ from ..pooling import test_pool_features as pooling_tests
 pytestmark = pytest.mark.usefixtures("cuda")
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPTIONS = list(itertools.product(api.POOLINGS, api.NORMALIZATIONS))
+OPTIONS = list(itertools.product(POOLINGS, NORMALIZATIONS))
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -65,7 +66,7 @@ def test_features_and_gradients_within_the_error_budget(pooling, normalize, mask
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pooling", api.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_any_alignment_and_any_strides(pooling, dtype):
     layout = StridedLayout.strided(2, 12, context=2, stride=3, horizon=3, samples=2)
     rows, batch = layout.packed_length, layout.batch_size

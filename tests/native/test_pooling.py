@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ebft_kernels import StridedLayout, pool_features, select_impl
 from ebft_kernels.pooling import api
+from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS
 from ebft_kernels.testing import LAYOUTS, assert_within_budget
 
 from ..op_checks import results_and_gradients
 from ..pooling import test_pool_features as pooling_tests
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-OPTIONS = list(itertools.product(api.POOLINGS, api.NORMALIZATIONS))
+OPTIONS = list(itertools.product(POOLINGS, NORMALIZATIONS))
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -28,6 +29,11 @@ def run(hidden: list[Tensor], layout: StridedLayout, impl: str = "native", **opt
 
 def test_it_is_the_choice_on_the_cpu(compiled):  # noqa: ARG001
     assert all(select_impl("pool_features", "cpu", dtype) == "native" for dtype in DTYPES)
+
+
+def test_the_table_of_modes_is_that_of_the_compiled_code(compiled):
+    assert [(mode.code, name) for name, mode in POOLINGS.items()] == list(enumerate(compiled.poolings))
+    assert list(NORMALIZATIONS) == compiled.normalizations
 
 
 @pytest.mark.usefixtures("isa")
@@ -66,7 +72,7 @@ def test_features_and_gradients_within_the_error_budget(pooling, normalize, mask
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("pooling", api.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_views_give_what_copies_give(pooling, dtype):
     layout = LAYOUTS["odd"]()
     shape = (layout.packed_length, 13, layout.batch_size)
@@ -79,7 +85,7 @@ def test_views_give_what_copies_give(pooling, dtype):
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("pooling", api.POOLINGS)
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_number_of_threads_changes_nothing(pooling):
     """Windows overlap: the rows of a gradient have several contributions, whose order must not change."""
     layout = StridedLayout.strided(2, 96, context=8, stride=2, horizon=8, samples=2)
@@ -111,7 +117,7 @@ def test_only_the_needed_rows_are_read_and_get_a_gradient(pooling, normalize):
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("normalize", api.NORMALIZATIONS)
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("size", (0, 1e-14))
 def test_hidden_states_too_short_to_normalize(size, normalize):
     pooling_tests.test_hidden_states_too_short_to_normalize(size, normalize, "native")
