@@ -56,6 +56,13 @@ class OutputHead(NamedTuple):
         softcap = None if self.softcap is None else self.softcap / temperature
         return self._replace(scale=self.scale / temperature, softcap=softcap)
 
+    def first(self, vocabulary: int | None) -> OutputHead:
+        """The head of the token ids below ``vocabulary`` alone, as views; None, or no fewer than there are: all."""
+        if vocabulary is None or vocabulary >= self.weight.shape[0]:
+            return self
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return self._replace(weight=self.weight[:vocabulary], bias=bias)
+
 
 # Model -> (scale, softcap) that were seen to give its logits.
 _verified: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()

@@ -181,6 +181,7 @@ def apply_head(
     *,
     cache: StridedCache | None = None,
     step: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, ...]:
     """One forward over packed rows with ``function(hidden, head)`` in the place of the vocabulary head.
 
@@ -191,19 +192,24 @@ def apply_head(
     Args:
         model, input_ids, layout, cache, step: as for :func:`hidden_states`.
         function: returns one or more tensors; those with gradient must all be of one dtype.
+        vocabulary: give ``function`` the head of the token ids below this alone, where a head has more rows than its
+            tokenizer has tokens (:meth:`OutputHead.first`); None: all.
 
     Returns:
         What ``function`` returned.
 
     Raises:
-        ValueError, TypeError: as :func:`hidden_states`; the head is not of the form of :class:`OutputHead`.
+        ValueError, TypeError: as :func:`hidden_states`; the head is not of the form of :class:`OutputHead`;
+            ``vocabulary`` below 1.
     """
+    if vocabulary is not None:
+        check_int("vocabulary", vocabulary, minimum=1)
     results: list[tuple[Tensor, ...]] = []
     joined: Tensor | None = None
 
     def call(hidden: Tensor, head: OutputHead) -> Tensor | None:
         nonlocal joined
-        results.append(function(hidden, head))
+        results.append(function(hidden, head.first(vocabulary)))
         if any(part.requires_grad for part in results[-1]):
             # In one tensor, whatever the model goes on to do with its logits.
             joined = torch.cat([part.flatten() for part in results[-1]])

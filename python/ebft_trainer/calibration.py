@@ -17,7 +17,12 @@ BINS = 15
 
 @torch.no_grad()
 def calibration_sums(
-    model: nn.Module, prompt: Tensor, layout: StridedLayout, *, token_mask: Tensor | None = None
+    model: nn.Module,
+    prompt: Tensor,
+    layout: StridedLayout,
+    *,
+    token_mask: Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """What `calibration_error` needs of one batch, to be added up over batches and ranks.
 
@@ -26,6 +31,7 @@ def calibration_sums(
         prompt: [B, P] int64.
         layout: of the packed rows; its documents and padding count, its anchors do not.
         token_mask: [B, P] bool, prompt tokens that count; None: all.
+        vocabulary: token ids below this are all that there are; None: all of the head's.
 
     Returns:
         [3 * BINS] float32: for every bin of the probability of the most likely next token, the number of predictions,
@@ -37,7 +43,7 @@ def calibration_sums(
     def count(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
         return (_bins(hidden[:, :-1][counted], targets, head),)
 
-    (sums,) = apply_head(model, prompt, layout.prompt_only(), count)
+    (sums,) = apply_head(model, prompt, layout.prompt_only(), count, vocabulary=vocabulary)
     return sums.flatten()
 
 

@@ -54,7 +54,13 @@ class EBFTOptions:
     top_p: float = _option(1.0, "sample from the smallest set of tokens with at least this probability")
     top_k: int = _option(0, "sample from this many most likely tokens; 0: all")
     eos_token_ids: list[int] | None = _option(
-        None, "tokens that end a rollout; default: the model's own; an empty list: rollouts never end"
+        None,
+        "tokens that end a rollout; default: the model's own and the tokenizer's; an empty list: rollouts never end",
+    )
+    vocabulary: int | None = _option(
+        None,
+        "sample and score token ids below this only; default: those of the tokenizer where there is one, else all that "
+        "the model's head has rows for",
     )
     feature_map: str | None = _option(
         None,
@@ -102,6 +108,8 @@ class EBFTOptions:
         for name in ("context", "stride", "horizon", "samples"):
             _check_int(name, getattr(self, name), 1)
         _check_int("top_k", self.top_k, 0)
+        if self.vocabulary is not None:
+            _check_int("vocabulary", self.vocabulary, 1)
         _check_number("temperature", self.temperature, "a number of at least 0", lambda x: x >= 0)
         _check_number("top_p", self.top_p, "a number above 0, at most 1", lambda x: 0 < x <= 1)
         for option in fields(EBFTOptions):

@@ -50,7 +50,7 @@ def evaluation_sums(
         reward.
     """
     prompt, layout, mask = batch["input_ids"], batch["layout"], batch.get("completion_mask")
-    log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=mask)
+    log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=mask, vocabulary=options.vocabulary)
     ends = end_tokens(model, options.eos_token_ids)
     tokens, rollout_log_probs = sample_rollouts(
         model,
@@ -60,6 +60,7 @@ def evaluation_sums(
         top_p=options.top_p,
         top_k=options.top_k,
         eos_token_ids=ends,
+        vocabulary=options.vocabulary,
         generator=generator,
     )
     alive = before_end(tokens, ends) if ends else None

@@ -36,6 +36,7 @@ def sample_rollouts(
     top_p: float = 1.0,
     top_k: int = 0,
     eos_token_ids: Sequence[int] = (),
+    vocabulary: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``n`` rollouts of ``G`` tokens at every anchor, each given the prompt before its anchor.
@@ -55,6 +56,7 @@ def sample_rollouts(
             0: all.
         eos_token_ids: tokens that end a rollout. What follows the first of them is filled with ``eos_token_ids[0]`` and
             has log-probability 0 (see :func:`before_end`).
+        vocabulary: draw token ids below this alone, as if the head had no more rows; None: all.
         generator: of the uniform numbers, on any device; None: torch's default one on the model's device. The same
             state gives the same rollouts on the same machine.
 
@@ -83,9 +85,10 @@ def sample_rollouts(
     with evaluation_mode(model):
         for step in range(layout.horizon):
             if step == 0:
-                drawn = apply_head(model, prompt, layout, first, cache=cache)
+                drawn = apply_head(model, prompt, layout, first, cache=cache, vocabulary=vocabulary)
             else:
-                drawn = apply_head(model, tokens[-1].flatten(1), layout, later, cache=cache, step=step - 1)
+                last = tokens[-1].flatten(1)
+                drawn = apply_head(model, last, layout, later, cache=cache, step=step - 1, vocabulary=vocabulary)
             for part, results in zip(drawn, (tokens, log_probs), strict=True):
                 results.append(part.view(layout.batch_size, layout.num_anchors, layout.samples))
     rollouts, scores = torch.stack(tokens, 3), torch.stack(log_probs, 3)

@@ -21,6 +21,7 @@ def policy_log_probs(
     *,
     temperature: float = 1.0,
     score_prompt: bool = False,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of given rollouts, and of the prompt, by one differentiable forward through ``model``.
 
@@ -34,6 +35,8 @@ def policy_log_probs(
         layout: of the packed rows.
         temperature: divides the logits that score the rollouts.
         score_prompt: whether to score the prompt too, at temperature 1.
+        vocabulary: token ids below this are all that there are (:func:`ebft_trainer.sample_rollouts`); None: all of the
+            head's.
 
     Returns:
         [B, A, n, G] and, if asked for, [B, P-1]: entry t is token t + 1 (see :func:`scored_prompt_tokens`); float32
@@ -53,12 +56,18 @@ def policy_log_probs(
         log_probs = _score(rows, head, rollouts, temperature, index)
         return (log_probs, _score_prompt(hidden, head, prompt)) if score_prompt else (log_probs,)
 
-    log_probs, *text_log_probs = apply_head(model, short.pack(prompt, rollouts[..., :-1]), short, score)
+    packed = short.pack(prompt, rollouts[..., :-1])
+    log_probs, *text_log_probs = apply_head(model, packed, short, score, vocabulary=vocabulary)
     return log_probs, text_log_probs[0] if score_prompt else None
 
 
 def prompt_log_probs(
-    model: nn.Module, prompt: Tensor, layout: StridedLayout, *, token_mask: Tensor | None = None
+    model: nn.Module,
+    prompt: Tensor,
+    layout: StridedLayout,
+    *,
+    token_mask: Tensor | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the prompts' own tokens at temperature 1, by a forward without any rollouts. Differentiable.
 
@@ -67,6 +76,7 @@ def prompt_log_probs(
         prompt: [B, P] int64.
         layout: of the packed rows; its documents and padding count, its anchors do not.
         token_mask: [B, P] bool, prompt tokens that count; None: all.
+        vocabulary: as for :func:`policy_log_probs`.
 
     Returns:
         log_probs [B, P-1], where entry t is token t + 1, and counted [B, P-1] bool, see :func:`scored_prompt_tokens`.
@@ -80,7 +90,7 @@ def prompt_log_probs(
     def score(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
         return (_score_prompt(hidden, head, prompt),)
 
-    (log_probs,) = apply_head(model, prompt, layout.prompt_only(), score)
+    (log_probs,) = apply_head(model, prompt, layout.prompt_only(), score, vocabulary=vocabulary)
     return log_probs, scored_prompt_tokens(layout, token_mask)
 
 
@@ -100,22 +110,24 @@ def reference_log_probs(
     layout: StridedLayout,
     *,
     temperature: float = 1.0,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Log-probabilities [B, A, n, G] of given rollouts under the frozen model, in eval mode and without gradient.
 
     Args:
         model: the policy, whose PEFT adapters are switched off where there is no ``reference_model``.
         reference_model: a transformers causal language model, or None.
-        prompt, rollouts, layout, temperature: as for :func:`policy_log_probs`.
+        prompt, rollouts, layout, temperature, vocabulary: as for :func:`policy_log_probs`.
 
     Raises:
         ValueError, TypeError: as :func:`policy_log_probs`.
     """
+    options = {"temperature": temperature, "vocabulary": vocabulary}
     if reference_model is None:
         with adapters_off(model), evaluation_mode(model):
-            return policy_log_probs(model, prompt, rollouts, layout, temperature=temperature)[0]
+            return policy_log_probs(model, prompt, rollouts, layout, **options)[0]
     with evaluation_mode(reference_model):
-        return policy_log_probs(reference_model, prompt, rollouts, layout, temperature=temperature)[0]
+        return policy_log_probs(reference_model, prompt, rollouts, layout, **options)[0]
 
 
 def rollout_weights(layout: StridedLayout, token_mask: Tensor | None = None) -> Tensor:

@@ -158,11 +158,12 @@ def ebft_step(
         metrics |= _reward_metrics(rewards, advantages["verifier"], drawn, "verifier_")
         clock.lap("verifier")
     temperature = config.temperature or 1.0
+    scored = {"temperature": temperature, "vocabulary": config.vocabulary}
     if config.kl_coef:
-        reference = reference_log_probs(model, reference_model, prompt, drawn.tokens, layout, temperature=temperature)
+        reference = reference_log_probs(model, reference_model, prompt, drawn.tokens, layout, **scored)
         clock.lap("reference")
     log_probs, text_log_probs = policy_log_probs(
-        model, prompt, drawn.tokens, layout, temperature=temperature, score_prompt=config.ce_coef != 0
+        model, prompt, drawn.tokens, layout, **scored, score_prompt=config.ce_coef != 0
     )
     losses = _losses(drawn, log_probs, advantages, reference, config)
     if text_log_probs is not None:
@@ -278,6 +279,7 @@ def _draw(
         top_p=config.top_p,
         top_k=config.top_k,
         eos_token_ids=ends,
+        vocabulary=config.vocabulary,
         generator=generator,
     )
     weights = rollout_weights(layout, token_mask)
@@ -341,7 +343,7 @@ def _cross_entropy_step(
     shares: Tensor,
 ) -> EBFTStep:
     start = perf_counter()
-    log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=token_mask)
+    log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=token_mask, vocabulary=config.vocabulary)
     ce_loss = _masked_mean(-log_probs, counted)
     metrics = {
         "loss/ce": ce_loss.detach(),

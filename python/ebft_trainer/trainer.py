@@ -44,6 +44,7 @@ from .quantized import keep_gradients
 from .rollout import evaluation_mode
 from .scoring import loss_weights
 from .step import EBFTStep, ebft_step
+from .tokens import agreed_options
 from .verifiers import Verifier, load_verifier
 
 
@@ -133,13 +134,14 @@ class EBFTTrainer(Trainer):
         keep_gradients(model)
         check_model(model).require()
         output_head(model)
+        self.options = agreed_options(model, processing_class, args)
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
             data_collator = EBFTCollator(
                 args,
                 pad_token_id=0 if pad is None else pad,
                 pad_to_multiple_of=args.pad_to_multiple_of,
-                vocabulary=model.get_input_embeddings().weight.shape[0],
+                vocabulary=self.options.vocabulary or model.get_input_embeddings().weight.shape[0],
             )
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
@@ -256,7 +258,7 @@ class EBFTTrainer(Trainer):
             self.feature_network,
             inputs["input_ids"],
             layout,
-            self.args,
+            self.options,
             token_mask=inputs.get("completion_mask"),
             generator=self._generator(self.args.seed, "train", self.state.global_step, micro_batch),
             shares=shares,
@@ -348,12 +350,16 @@ class EBFTTrainer(Trainer):
                     self.model_wrapped,
                     self.feature_network,
                     batch,
-                    self.args,
+                    self.options,
                     generator=generator,
                     verifier=self.verifier,
                 )
                 calibration = calibration_sums(
-                    self.model_wrapped, batch["input_ids"], batch["layout"], token_mask=batch.get("completion_mask")
+                    self.model_wrapped,
+                    batch["input_ids"],
+                    batch["layout"],
+                    token_mask=batch.get("completion_mask"),
+                    vocabulary=self.options.vocabulary,
                 )
                 result = torch.cat([result, calibration])
                 sums.append(result if number < len(batches) else torch.zeros_like(result))
