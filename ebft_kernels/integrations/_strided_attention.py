@@ -126,7 +126,7 @@ class _Reselect:
         self._entered: list[Selection | None] = []
 
     def enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        carried = any(_carried(value) is not None for value in (*args, *kwargs.values()))
+        carried = any(carried_call(value) is not None for value in (*args, *kwargs.values()))
         self._entered.append(Selection(self._configs, NAME) if carried else None)
 
     def leave(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
@@ -173,13 +173,22 @@ def carrier_mask(call: StridedCall, device: torch.device) -> Tensor:
 
 
 def row_mask(call: StridedCall, batch_size: int, length: int, device: torch.device) -> Tensor:
-    """A [B, T] mask of ones that carries ``call``, for models that read the mask outside of their attention."""
-    mask = torch.ones((batch_size, length), dtype=torch.bool, device=device)
+    """A [B, T] mask that carries ``call``, for models that read the mask outside of their attention.
+
+    True for the prompts' tokens without their padding, which is what a loss over a mask is to be about; a decoding step
+    has none of them, and is True throughout.
+    """
+    layout = call.layout
+    if call.step is None:
+        mask = torch.arange(length, device=device) < layout.lengths.to(device)[:, None]
+    else:
+        mask = torch.ones((batch_size, length), dtype=torch.bool, device=device)
     mask.strided_layout = call
     return mask
 
 
-def _carried(value: object) -> StridedCall | None:
+def carried_call(value: object) -> StridedCall | None:
+    """The call that ``value``, an argument of a forward, carries; None for any other value."""
     if isinstance(value, StridedCall):
         return value
     return getattr(value, "strided_layout", None) if isinstance(value, Tensor) else None
@@ -217,7 +226,7 @@ def strided_attention_forward(
         ValueError: the layout was lost on the way, or the architecture asks for a feature that strided attention does
             not have (attention dropout, biases, sparse indices ...); without a layout, one that "sdpa" would ignore.
     """
-    call = strided_layout if strided_layout is not None else _carried(attention_mask)
+    call = strided_layout if strided_layout is not None else carried_call(attention_mask)
     if call is None:
         features |= {"softcap": softcap, "sliding_window": sliding_window, "is_causal": is_causal}
         return _plain_attention(module, query, key, value, attention_mask, dropout, scaling, s_aux, features)
@@ -292,7 +301,7 @@ def _is_carrier(mask: Tensor | None) -> bool:
 
 def strided_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """The mask function "strided" of ``transformers.AttentionMaskInterface``: what carries a layout, else "sdpa"'s."""
-    if (call := _carried(attention_mask)) is not None:
+    if (call := carried_call(attention_mask)) is not None:
         return carrier_mask(call, attention_mask.device)
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 

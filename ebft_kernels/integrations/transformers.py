@@ -31,6 +31,7 @@ from . import _model_check
 from ._model_check import ModelSupport
 from ._models import ModelFacts, base_model, decoder_layers, decoder_of, facts, last_hidden
 from ._output_head import OutputHead, head_form, in_place_of_head, output_head
+from ._router_loss import router_loss_coefficient, router_losses
 from ._strided_attention import NAME, Selection, StridedCall, carrier_mask, register, row_mask
 from ._strided_cache import StridedCache
 
@@ -43,6 +44,8 @@ __all__ = [
     "decoder_layers",
     "hidden_states",
     "output_head",
+    "router_loss_coefficient",
+    "router_losses",
     "strided_attention_context",
 ]
 
@@ -122,7 +125,7 @@ def _forward_arguments(
     known: ModelFacts, call: StridedCall, positions: Tensor, cache: StridedCache | None
 ) -> dict[str, Any]:
     if getattr(known.config, "output_router_logits", False):
-        # The load-balancing loss of a mixture of experts reads the mask as [B, T].
+        # The load-balancing loss of a mixture of experts reads the mask as [B, T]: see `router_losses`.
         mask = row_mask(call, *positions.shape, positions.device)
     else:
         mask = carrier_mask(call, positions.device)

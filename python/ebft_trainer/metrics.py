@@ -40,7 +40,7 @@ class MetricSums:
         for name, value in metrics.items():
             if name == "loss":  # the micro-batches of a step add up to its loss
                 value, weight = value.detach(), float(first)
-            elif name == "loss/ce":
+            elif name in ("loss/ce", "loss/router"):
                 value, weight = value * tokens, tokens
             elif name in ("tokens", "valid_anchors") or name.startswith("seconds/"):
                 weight = 1.0

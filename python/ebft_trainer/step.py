@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ebft_kernels import FeatureMatching, StridedLayout, feature_matching
 from ebft_kernels._checks import check_tensor
+from ebft_kernels.integrations.transformers import router_loss_coefficient, router_losses
 
 from .credit import entropy_penalty, kl_penalty, reward_advantages
 from .features import has_adapters
@@ -74,11 +75,13 @@ def ebft_step(
              + ce_coef       * mean_t( - log p_1(x_t) )
              + kl_coef       * KL of p_T from the reference model   (:func:`ebft_trainer.credit.kl_penalty`)
              - entropy_coef  * entropy of the rollouts under p_T    (:func:`ebft_trainer.credit.entropy_penalty`)
+             + the model's coefficient * its load-balancing loss over the prompts' tokens
 
     over the rollouts i of valid anchors, at the sampling temperature T (1 where sampling is greedy), and over the
     prompt tokens t with a token of their document before them. With a token mask only counted tokens enter the means
     over g and t, and rollouts without any are left out. A term whose coefficient is 0 is not computed and not among the
-    metrics; without any term over rollouts none are drawn.
+    metrics; without any term over rollouts none are drawn. The last term is that of mixtures of experts whose config
+    has ``output_router_logits``, as transformers adds it.
 
     Advantages are of one kind of reward each, and are mixed, not the rewards: the baseline of feature matching is not
     that of rewards which do not depend on the other rollouts (:func:`ebft_trainer.credit.reward_advantages`). Where the
@@ -92,7 +95,8 @@ def ebft_step(
     over the prompt and the first G-1 tokens of each rollout. Features and rewards take no gradient.
 
     Metrics, over the rollouts, and tokens of rollouts, that count:
-        ``loss/rl``, ``loss/verifier``, ``loss/ce``, ``loss/kl``, ``loss/entropy``: the terms without coefficients.
+        ``loss/rl``, ``loss/verifier``, ``loss/ce``, ``loss/kl``, ``loss/entropy``, ``loss/router``: the terms without
+            coefficients.
         ``feature_matching_loss``, ``alignment``, ``diversity``, ``reward``: means.
         ``reward_std``: spread of the rewards of one anchor: root of their mean squared distance from their mean.
         ``advantage_std``: standard deviation of the advantages.
@@ -162,13 +166,15 @@ def ebft_step(
     if config.kl_coef:
         reference = reference_log_probs(model, reference_model, prompt, drawn.tokens, layout, **scored)
         clock.lap("reference")
-    log_probs, text_log_probs = policy_log_probs(
-        model, prompt, drawn.tokens, layout, **scored, score_prompt=config.ce_coef != 0
-    )
+    with router_losses(model) as router:
+        log_probs, text_log_probs = policy_log_probs(
+            model, prompt, drawn.tokens, layout, **scored, score_prompt=config.ce_coef != 0
+        )
     losses = _losses(drawn, log_probs, advantages, reference, config)
     if text_log_probs is not None:
         losses["ce"] = _masked_mean(-text_log_probs, scored_prompt_tokens(layout, token_mask))
     terms = {name: getattr(config, f"{name}_coef") * shares[int(name == "ce")] * term for name, term in losses.items()}
+    _add_router_loss(model, router, losses, terms, shares)
     log_probs = drawn.until_end(log_probs.detach())
     metrics |= {f"loss/{name}": term.detach() for name, term in losses.items()}
     metrics["entropy"] = -drawn.mean(log_probs)
@@ -343,15 +349,29 @@ def _cross_entropy_step(
     shares: Tensor,
 ) -> EBFTStep:
     start = perf_counter()
-    log_probs, counted = prompt_log_probs(model, prompt, layout, token_mask=token_mask, vocabulary=config.vocabulary)
-    ce_loss = _masked_mean(-log_probs, counted)
-    metrics = {
-        "loss/ce": ce_loss.detach(),
-        "tokens": float(prompt.numel()),
-        "seconds/policy": perf_counter() - start,
-    }
-    terms = {"ce": config.ce_coef * shares[1] * ce_loss}
-    return EBFTStep(terms["ce"], None, None, None, metrics, terms)
+    options = {"token_mask": token_mask, "vocabulary": config.vocabulary}
+    with router_losses(model) as router:
+        log_probs, counted = prompt_log_probs(model, prompt, layout, **options)
+    losses = {"ce": _masked_mean(-log_probs, counted)}
+    terms = {"ce": config.ce_coef * shares[1] * losses["ce"]}
+    _add_router_loss(model, router, losses, terms, shares)
+    metrics: dict[str, Tensor | float] = {f"loss/{name}": term.detach() for name, term in losses.items()}
+    metrics |= {"tokens": float(prompt.numel()), "seconds/policy": perf_counter() - start}
+    return EBFTStep(sum(terms.values()), None, None, None, metrics, terms)
+
+
+def _add_router_loss(
+    model: nn.Module, found: list[Tensor], losses: dict[str, Tensor], terms: dict[str, Tensor], shares: Tensor
+) -> None:
+    """Enter the load-balancing loss of the policy's forward, if there is one, among the losses and the terms."""
+    for loss in found:
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                "model: its load-balancing loss has no gradient; gradient checkpointing needs use_reentrant=False for "
+                "it; config.output_router_logits = False trains without it"
+            )
+        losses["router"] = loss
+        terms["router"] = router_loss_coefficient(model) * shares[1] * loss
 
 
 def _matching_metrics(match: FeatureMatching, drawn: _Drawn) -> dict[str, Tensor | float]:

@@ -20,7 +20,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, has_length, speed_metrics
 
-from ebft_kernels.integrations.transformers import check_model, output_head
+from ebft_kernels.integrations.transformers import check_model, output_head, router_losses
 
 from .calibration import BINS, calibration_error, calibration_sums
 from .checkpoint import (
@@ -132,7 +132,8 @@ class EBFTTrainer(Trainer):
                 "before the EBFTConfig with its DeepSpeed settings is made"
             )
         keep_gradients(model)
-        check_model(model).require()
+        with router_losses(model):  # whose absence raises
+            check_model(model).require()
         output_head(model)
         self.options = agreed_options(model, processing_class, args)
         if data_collator is None:

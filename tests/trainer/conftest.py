@@ -33,12 +33,16 @@ COMMON = {
     "pad_token_id": None,
 }
 WINDOW = {"sliding_window": 6}
-#: Grouped heads; biases; soft caps of attention and logits with alternating sliding windows; sinks and experts.
+#: Grouped heads; biases; soft caps of attention and logits with alternating sliding windows; sinks and experts;
+#: other mixtures of experts.
 MODELS = {
     "llama": {},
     "qwen2": {},
     "gemma2": WINDOW | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
     "gpt_oss": WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {},
+    "qwen3_moe": {},
+    "olmoe": {},
 }
 
 
