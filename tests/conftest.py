@@ -15,6 +15,18 @@ if not torch.cuda.is_available():
 GOLDEN_DIR = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow: minutes each")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked slow, unless it is asked for; pytest says how many were deselected."""
+    slow = [] if config.getoption("--slow") else [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 @pytest.fixture(autouse=True)
 def deterministic_and_poisoned():
     """In this mode torch refuses nondeterministic kernels and fills what ``torch.empty`` returns with NaN.
