@@ -26,6 +26,7 @@ class ModelFacts:
         windowed: numbers of the layers that attend in a sliding window.
         takes_keywords: whether ``forward`` accepts keywords that it does not know.
         keeps_logits: whether ``forward`` accepts ``logits_to_keep``.
+        positions: how many positions it has learned embeddings, or a table, of; None: any number.
         obstacle: why the model cannot be run strided; empty when nothing is known against it.
     """
 
@@ -35,6 +36,7 @@ class ModelFacts:
     windowed: frozenset[int]
     takes_keywords: bool
     keeps_logits: bool
+    positions: int | None
     obstacle: str
 
 
@@ -122,6 +124,7 @@ def _find_facts(base: PreTrainedModel) -> ModelFacts:
         windowed=_windowed_layers(config),
         takes_keywords=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()),
         keeps_logits="logits_to_keep" in parameters,
+        positions=_learned_positions(decoder),
         obstacle=_obstacle(base, decoder),
     )
 
@@ -129,6 +132,15 @@ def _find_facts(base: PreTrainedModel) -> ModelFacts:
 def architecture_of(base: nn.Module) -> str:
     """The config's ``model_type``, for messages."""
     return getattr(base.config, "model_type", None) or type(base).__name__
+
+
+def _learned_positions(decoder: nn.Module) -> int | None:
+    for name, module in decoder.named_modules():
+        own = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and (own == "wpe" or "position" in own):
+            return module.num_embeddings - getattr(module, "offset", 0)
+    table = getattr(decoder, "pos_encoding", None)
+    return len(table) if isinstance(table, Tensor) else None
 
 
 def _windowed_layers(config: Any) -> frozenset[int]:

@@ -3,7 +3,7 @@
 from .config import EBFTConfig, EBFTOptions
 from .data import EBFTCollator
 from .feature_maps import TextEncoderFeatures
-from .features import FeatureMap, FeatureNetwork
+from .features import FeatureMap, FeatureNetwork, StartingAdapters
 from .rollout import sample_rollouts
 from .step import EBFTStep, ebft_step
 from .trainer import EBFTTrainer
@@ -17,6 +17,7 @@ __all__ = [
     "EBFTTrainer",
     "FeatureMap",
     "FeatureNetwork",
+    "StartingAdapters",
     "TextEncoderFeatures",
     "TextVerifier",
     "Verifier",

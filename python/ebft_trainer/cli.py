@@ -65,6 +65,7 @@ _TRAINING: dict[str, type] = {
     "bf16": bool,
     checkpointing_field(): bool,
     "max_nonfinite_steps": int,
+    "kl_reference": str,
     "shard_feature_network": bool,
 }
 _EVALUATION: dict[str, type] = {"per_device_eval_batch_size": int, "eval_rows": int, "eval_seed": int}

@@ -20,6 +20,7 @@ OBJECTIVES = {
     "rlvr": {"rl_coef": 0.0, "verifier_coef": 1.0, "ce_coef": 0.0},
 }
 KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_REFERENCES = ("start", "base")
 
 
 def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -113,9 +114,7 @@ class EBFTOptions:
         _check_number("temperature", self.temperature, "a number of at least 0", lambda x: x >= 0)
         _check_number("top_p", self.top_p, "a number above 0, at most 1", lambda x: 0 < x <= 1)
         for option in fields(EBFTOptions):
-            choices, value = option.metadata.get("choices"), getattr(self, option.name)
-            if choices is not None and value not in choices:
-                raise ValueError(f"{option.name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
+            _check_choice(option.name, getattr(self, option.name), option.metadata.get("choices"))
         for option in fields(EBFTOptions):
             if option.name.endswith("_coef"):
                 _check_number(option.name, getattr(self, option.name), "a number of at least 0", lambda x: x >= 0)
@@ -136,6 +135,11 @@ class EBFTOptions:
                 f"samples: expected at least 2 with estimator 'group_norm', got {self.samples}: no spread in one reward"
             )
         _check_layers(self.feature_layers)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str] | None) -> None:
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:
@@ -202,6 +206,12 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
     grad_norm_terms: bool = _option(
         False, "log the gradient norm of each term of the loss; one more backward pass per term, for logged steps only"
     )
+    kl_reference: str = _option(
+        "start",
+        "frozen model of kl_coef: start: the model as it was given, adapters that were trained before included; base: "
+        "a PEFT model without its adapters",
+        KL_REFERENCES,
+    )
     eval_seed: int = _option(0, "seed of the evaluation's rows and rollouts, apart from the training seed")
     pad_to_multiple_of: int = _option(1, "round the length of a batch up to a multiple, so that few shapes occur")
     shard_feature_network: bool = _option(False, "spread the frozen feature network over all ranks with FSDP2")
@@ -221,6 +231,7 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
         _check_int("eval_seed", self.eval_seed, 0)
         _check_int("max_nonfinite_steps", self.max_nonfinite_steps, 1)
         _check_int("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+        _check_choice("kl_reference", self.kl_reference, KL_REFERENCES)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True: completion_mask would be dropped")
         if self.label_smoothing_factor:

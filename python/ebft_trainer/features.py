@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ebft_kernels import StridedLayout, pool_features
 from ebft_kernels._checks import check_option, check_tensor
@@ -294,3 +295,55 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+
+
+class StartingAdapters:
+    """The trained weights of a PEFT model as they are now: the frozen model beside one that goes on training.
+
+    Holds a copy of the weights that take a gradient (adapters, ``modules_to_save``), and none of the others.
+
+    Args:
+        model: a PEFT model, wrapped or not, its weights whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {name: x.detach().clone() for name, x in _trained(model)}
+
+    @contextmanager
+    def put_back(self, model: nn.Module) -> Iterator[None]:
+        """``model``, the same as at the start, in a wrapper or not, with these weights in the place of its own.
+
+        Raises:
+            ValueError: it trains other weights than at the start.
+        """
+        trained = dict(_trained(model))
+        if trained.keys() != self._weights.keys():
+            changed = sorted(trained.keys() ^ self._weights.keys())
+            raise ValueError(f"model: expected the trained weights of the start, got a change of {changed[0]}")
+        own = {name: _local(x).clone() for name, x in trained.items()}
+        for name, x in trained.items():
+            self._weights[name] = _like(self._weights[name], x)
+            _local(x).copy_(self._weights[name])
+        try:
+            yield
+        finally:
+            for name, x in trained.items():
+                _local(x).copy_(own[name])
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    # A wrapper that recomputes activations puts itself into the names.
+    found = ((name.replace("_checkpoint_wrapped_module.", ""), x) for name, x in _unwrapped(model).named_parameters())
+    return ((name, x) for name, x in found if x.requires_grad)
+
+
+def _local(x: Tensor) -> Tensor:
+    """What this rank holds, without gradient, in the same memory."""
+    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+
+
+def _like(whole: Tensor, x: Tensor) -> Tensor:
+    """``whole``, or the part of it that this rank has of the parameter ``x`` that became of it."""
+    if isinstance(x, DTensor) and whole.shape != _local(x).shape:
+        whole = distribute_tensor(whole.to(x.device), x.device_mesh, x.placements, src_data_rank=None).to_local()
+    return whole.to(x.device)

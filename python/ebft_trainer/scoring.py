@@ -9,7 +9,7 @@ from ebft_kernels import StridedLayout, linear_log_probs
 from ebft_kernels._checks import check_tensor
 from ebft_kernels.integrations.transformers import OutputHead, apply_head
 
-from .features import adapters_off
+from .features import StartingAdapters, adapters_off
 from .rollout import check_prompt, evaluation_mode
 
 
@@ -104,7 +104,7 @@ def scored_prompt_tokens(layout: StridedLayout, token_mask: Tensor | None = None
 @torch.no_grad()
 def reference_log_probs(
     model: nn.Module,
-    reference_model: nn.Module | None,
+    reference_model: nn.Module | StartingAdapters | None,
     prompt: Tensor,
     rollouts: Tensor,
     layout: StridedLayout,
@@ -116,7 +116,7 @@ def reference_log_probs(
 
     Args:
         model: the policy, whose PEFT adapters are switched off where there is no ``reference_model``.
-        reference_model: a transformers causal language model, or None.
+        reference_model: a transformers causal language model; or the policy's adapters as they were; or None.
         prompt, rollouts, layout, temperature, vocabulary: as for :func:`policy_log_probs`.
 
     Raises:
@@ -125,6 +125,9 @@ def reference_log_probs(
     options = {"temperature": temperature, "vocabulary": vocabulary}
     if reference_model is None:
         with adapters_off(model), evaluation_mode(model):
+            return policy_log_probs(model, prompt, rollouts, layout, **options)[0]
+    if isinstance(reference_model, StartingAdapters):
+        with reference_model.put_back(model), evaluation_mode(model):
             return policy_log_probs(model, prompt, rollouts, layout, **options)[0]
     with evaluation_mode(reference_model):
         return policy_log_probs(reference_model, prompt, rollouts, layout, **options)[0]

@@ -28,7 +28,7 @@ from .scoring import (
 
 if TYPE_CHECKING:
     from .config import EBFTOptions
-    from .features import FeatureMap
+    from .features import FeatureMap, StartingAdapters
     from .verifiers import Verifier
 
 
@@ -65,7 +65,7 @@ def ebft_step(
     token_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     verifier: Verifier | None = None,
-    reference_model: nn.Module | None = None,
+    reference_model: nn.Module | StartingAdapters | None = None,
     shares: Tensor | None = None,
 ) -> EBFTStep:
     """The whole method for one batch (arXiv:2603.12248); call ``.loss.backward()`` on what comes back.
@@ -123,8 +123,8 @@ def ebft_step(
         generator: of the rollouts.
         verifier: gives a reward to each rollout (:class:`ebft_trainer.TextVerifier`); None only with
             ``verifier_coef = 0``.
-        reference_model: frozen, for ``kl_coef``; it costs its weights and one forward, no logits of all tokens. None:
-            the model with its PEFT adapters off.
+        reference_model: frozen, for ``kl_coef``; it costs its weights and one forward, no logits of all tokens. For a
+            PEFT model its :class:`ebft_trainer.StartingAdapters`, or None: the model with its adapters off.
         shares: [2], factors of the terms of ``loss`` over rollouts and over prompt tokens, where several batches make
             one optimizer step: what this batch has of :func:`ebft_trainer.scoring.loss_weights` of them all. None: 1.
             They are in no metric.
@@ -327,7 +327,7 @@ def _check_parts(
     model: nn.Module,
     feature_network: FeatureMap | None,
     verifier: Verifier | None,
-    reference_model: nn.Module | None,
+    reference_model: nn.Module | StartingAdapters | None,
     config: EBFTOptions,
 ) -> None:
     if config.rl_coef and feature_network is None:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint, has_length, speed_metrics
 
+from ebft_kernels.integrations._models import facts
 from ebft_kernels.integrations.transformers import check_model, output_head, router_losses
 
 from .calibration import BINS, calibration_error, calibration_sums
@@ -37,7 +39,7 @@ from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
 from .feature_maps import build_feature_map
-from .features import FeatureMap, FeatureNetwork, has_adapters
+from .features import FeatureMap, FeatureNetwork, StartingAdapters, has_adapters
 from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
 from .quantized import keep_gradients
@@ -103,8 +105,9 @@ class EBFTTrainer(Trainer):
                 now (with PEFT: the model without adapters).
             verifier: gives a reward to each rollout; default: ``args.verifier`` on text decoded by
                 ``processing_class``. Without ``verifier_coef`` it is only measured, in evaluation.
-            reference_model: frozen, for ``args.kl_coef``; default: a copy of the whole ``model`` as it is now, which
-                the feature network then shares (with PEFT: the model without adapters, at no cost).
+            reference_model: frozen, for ``args.kl_coef``; default: ``model`` as it is now, a whole copy that the
+                feature network then shares; with PEFT a copy of what is trained alone, or with ``args.kl_reference =
+                "base"`` the model without adapters.
             processing_class: the tokenizer, saved with each checkpoint; its padding token fills batches.
             data_collator: default: `EBFTCollator`. Another one returns ``input_ids`` and ``layout``, the
                 `StridedLayout` of the batch, and optionally ``completion_mask``: it decides where anchors stand.
@@ -112,9 +115,11 @@ class EBFTTrainer(Trainer):
             optimizers: as for `Trainer`.
 
         Raises:
-            ValueError: the model cannot be run on strided rows, ZeRO-3 has spread its weights already, or its 4-bit
-                weights are packed for inference; a row has no room for a rollout; one process is to drive several
-                devices; accelerate would not shard.
+            ValueError: the model cannot be run on strided rows, has nothing to train or a load-balancing loss that it
+                does not give, ZeRO-3 has spread its weights already, or its 4-bit weights are packed for inference; a
+                token that rollouts, padding or rows need has no row in its embedding or head; a row has no room for a
+                rollout, or more positions than the model; one process is to drive several devices; accelerate would
+                not shard.
             TypeError: ``args`` is not an `EBFTConfig`.
             CheckpointError: nothing can be written to ``args.output_dir``.
         """
@@ -131,6 +136,11 @@ class EBFTTrainer(Trainer):
                 "model: expected whole weights, got some that ZeRO-3 has spread over the ranks already; load the model "
                 "before the EBFTConfig with its DeepSpeed settings is made"
             )
+        if train_dataset is not None and not any(x.requires_grad for x in model.parameters()):
+            raise ValueError(
+                "model: expected weights to train, got none with requires_grad; adapters are loaded with "
+                "PeftModel.from_pretrained(..., is_trainable=True)"
+            )
         keep_gradients(model)
         with router_losses(model):  # whose absence raises
             check_model(model).require()
@@ -144,6 +154,8 @@ class EBFTTrainer(Trainer):
                 pad_to_multiple_of=args.pad_to_multiple_of,
                 vocabulary=self.options.vocabulary or model.get_input_embeddings().weight.shape[0],
             )
+        if (positions := facts(model).positions) is not None:
+            data_collator = _WithinPositions(data_collator, positions)
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
             _check_rows(name, dataset, data_collator)
@@ -151,12 +163,15 @@ class EBFTTrainer(Trainer):
             verifier = load_verifier(args.verifier, processing_class)
         if args.verifier_coef and verifier is None:
             raise ValueError(f"verifier: expected one with verifier_coef = {args.verifier_coef}, got None")
-        frozen = None
-        if reference_model is None and args.kl_coef and not has_adapters(model):
-            reference_model = frozen = copy.deepcopy(model)
-        if reference_model is not None:
-            check_model(reference_model).require()
-            output_head(reference_model)
+        reference, frozen = reference_model, None
+        if reference is not None:
+            if args.kl_reference != "start":
+                raise ValueError(f"kl_reference: expected 'start' with a reference_model, got {args.kl_reference!r}")
+            check_model(reference).require()
+            output_head(reference)
+        elif args.kl_coef:
+            reference = _reference(model, args)
+            frozen = reference if isinstance(reference, nn.Module) else None
         if feature_network is None and (args.rl_coef > 0 or eval_dataset is not None):
             feature_network = build_feature_map(
                 model if frozen is None else frozen, processing_class, args, share=frozen is not None
@@ -186,9 +201,9 @@ class EBFTTrainer(Trainer):
                 raise ValueError(f"shard_feature_network: expected a FeatureNetwork to shard, got {kind}")
             feature_network.shard()
         self.verifier = verifier
-        self.reference_model = None
-        if reference_model is not None:
-            self.reference_model = _UnderAutocast(reference_model.to(args.device), self.accelerator)
+        self.reference_model = reference
+        if isinstance(reference, nn.Module):
+            self.reference_model = _UnderAutocast(reference.to(args.device), self.accelerator)
         # What releases that do not know `loss_is_scaled_for_ga` go by.
         self.model_accepts_loss_kwargs = True
         self._metrics = MetricSums()
@@ -423,6 +438,21 @@ class EBFTTrainer(Trainer):
         return torch.Generator(self.args.device).manual_seed(int.from_bytes(digest, "big", signed=True))
 
 
+def _reference(model: nn.Module, args: EBFTConfig) -> nn.Module | StartingAdapters | None:
+    """The model that the divergence is from, as `ebft_step` takes it: ``model`` as it is now, or without adapters."""
+    if not has_adapters(model):
+        if args.kl_reference == "base":
+            raise ValueError("kl_reference: expected 'start' for a model without PEFT adapters, got 'base'")
+        return copy.deepcopy(model)
+    if args.kl_reference == "base":
+        return None
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "kl_reference: expected 'base' with ZeRO-3, which spreads adapters over the ranks, got 'start'"
+        )
+    return StartingAdapters(model)
+
+
 class _UnderAutocast(nn.Module):
     """The reference model in the policy's precision: rounding that both share does not count as divergence."""
 
@@ -459,6 +489,25 @@ class _NonFiniteSteps(TrainerCallback):
     @property
     def _too_many(self) -> bool:
         return self._trainer._nonfinite_in_a_row >= self._trainer.args.max_nonfinite_steps
+
+
+class _WithinPositions:
+    """A data collator that refuses rows with more positions than the model has learned."""
+
+    def __init__(self, collator: Any, positions: int) -> None:
+        self._collator, self._positions = collator, positions
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        batch = self._collator(rows)
+        layout = batch["layout"]
+        if layout.length > self._positions:
+            needed = 1 + int(layout.position_ids.max())
+            if needed > self._positions:
+                raise ValueError(
+                    f"input_ids: expected rows of at most {self._positions} positions, which is what the model has "
+                    f"learned, got {needed}"
+                )
+        return batch
 
 
 def _weights(batch: dict[str, Any]) -> Tensor:

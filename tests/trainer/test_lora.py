@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 from ebft_kernels import StridedLayout
 from ebft_trainer import cli
 from ebft_trainer.config import EBFTConfig, EBFTOptions
-from ebft_trainer.features import FeatureNetwork
+from ebft_trainer.features import FeatureNetwork, StartingAdapters
+from ebft_trainer.scoring import reference_log_probs
 from ebft_trainer.step import ebft_step
 from ebft_trainer.trainer import EBFTTrainer
 
@@ -68,6 +71,100 @@ def test_a_checkpoint_holds_adapters_only_and_resumes_bitwise(plain, config, tmp
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     expected, found = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def trained_before(model):
+    """A model with adapters that change what it says, and a head that was trained with them."""
+    torch.manual_seed(5)
+    options = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(**options, modules_to_save=["lm_head"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(1.3)
+    return model
+
+
+@pytest.mark.parametrize("bf16", (False, True))
+def test_the_divergence_of_adapters_that_were_trained_before_starts_at_0(plain, config, bf16):
+    """The kind: a frozen model made by switching adapters off is not the model that training starts from."""
+    model = trained_before(plain.build())
+    trainer = EBFTTrainer(model, config(kl_coef=0.5, bf16=bf16, learning_rate=3e-2), train_dataset=ROWS)
+    start = copy.deepcopy(model)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert lines[0]["loss/kl"] == 0 and lines[-1]["loss/kl"] > 1e-4
+    # After training too it is the model of the start, and the trained weights are back after it was asked.
+    prompt, layout = ROWS[0]["input_ids"][None], StridedLayout.strided(1, 24, context=4, stride=6, horizon=3, samples=3)
+    rollouts = plain.rollouts_of(layout)
+    weights = copy.deepcopy(model.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        expected = reference_log_probs(start, start, prompt, rollouts, layout)
+    found = reference_log_probs(model, trainer.reference_model, prompt, rollouts, layout)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    assert not torch.allclose(reference_log_probs(model, model, prompt, rollouts, layout), expected, atol=1e-3)
+
+
+def test_the_divergence_from_the_model_without_adapters_is_an_option(plain, config, monkeypatch):
+    trainer = EBFTTrainer(
+        trained_before(plain.build()), config(kl_coef=0.5, kl_reference="base", max_steps=1), train_dataset=ROWS
+    )
+    assert trainer.reference_model is None
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/kl"] > 1e-2
+    monkeypatch.setattr("ebft_trainer.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="kl_reference: expected 'base' with ZeRO-3, which spreads .*, got 'start'"):
+        EBFTTrainer(trained_before(plain.build()), config(kl_coef=0.5), train_dataset=ROWS)
+
+
+def test_a_resumed_run_keeps_its_reference(plain, config, tmp_path):
+    whole = EBFTTrainer(trained_before(plain.build()), config(kl_coef=0.5), train_dataset=ROWS)
+    whole.train()
+    resumed = EBFTTrainer(trained_before(plain.build()), config(kl_coef=0.5), train_dataset=ROWS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    expected, found = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_starting_adapters_in_sharded_weights_and_of_another_model(plain, tmp_path):
+    """FSDP2 puts other parameters, spread over the ranks, in the place of those that were copied."""
+    model = trained_before(plain.build())
+    start = StartingAdapters(model)
+    first = {name: x.detach().clone() for name, x in model.named_parameters()}
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for block in model.get_base_model().model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with torch.no_grad():
+            for x in model.parameters():
+                x.mul_(2.0)
+        with start.put_back(model):
+            for name, x in model.named_parameters():
+                assert torch.equal(x.full_tensor(), first[name] * (1 if x.requires_grad else 2)), name
+        assert all(torch.equal(x.full_tensor(), 2 * first[name]) for name, x in model.named_parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+    other = adapted(plain.build())
+    with pytest.raises(ValueError, match="model: expected the trained weights of the start, got a change of"):
+        with start.put_back(other):
+            pass
+
+
+# An adapter loaded for inference: PEFT freezes it, and the backward pass has nothing to do
+
+
+def test_a_model_without_anything_to_train_is_refused_at_set_up(plain, config, tmp_path):
+    adapted(plain.build()).save_pretrained(tmp_path / "adapter")
+    frozen = peft.PeftModel.from_pretrained(plain.build(), tmp_path / "adapter")
+    message = "model: expected weights to train, got none with requires_grad; .*is_trainable=True"
+    with pytest.raises(ValueError, match=message):
+        EBFTTrainer(frozen, config(), train_dataset=ROWS)
+    EBFTTrainer(frozen, config(), eval_dataset=ROWS[:2]).evaluate()
+    trainable = peft.PeftModel.from_pretrained(plain.build(), tmp_path / "adapter", is_trainable=True)
+    EBFTTrainer(trainable, config(max_steps=1), train_dataset=ROWS).train()
 
 
 def test_on_the_command_line(model_folder, tmp_path, monkeypatch):

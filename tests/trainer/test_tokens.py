@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import IterableDataset
 
 from ebft_kernels.integrations.transformers import apply_head, output_head
 from ebft_kernels.testing import assert_within_budget
@@ -207,3 +208,43 @@ def test_a_padding_token_outside_the_embedding_is_refused(plain, config, byte_to
     with pytest.raises(ValueError, match=message):
         EBFTTrainer(plain.build(vocab_size=257), config(), train_dataset=ROWS, processing_class=tokenizer)
     EBFTTrainer(plain.build(vocab_size=258), config(), train_dataset=ROWS, processing_class=tokenizer)
+
+
+# Rows with more positions than the model has learned
+
+
+NO_DROPOUT = {"dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+LEARNED = {
+    "gpt2": NO_DROPOUT | {"max_position_embeddings": 20},
+    "opt": NO_DROPOUT | {"max_position_embeddings": 20, "word_embed_proj_dim": 32, "ffn_dim": 40},
+    "ctrl": NO_DROPOUT | {"max_position_embeddings": 20, "dff": 40},
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_rows_longer_than_the_learned_positions_are_refused(plain, config, monkeypatch, name):
+    monkeypatch.setitem(plain.build.__globals__["MODELS"], name, LEARNED[name])
+    model = plain.build(name)
+    message = "row 1: input_ids: expected rows of at most 20 positions, which is what the model has learned, got 24"
+    rows = [{"input_ids": ROWS[0]["input_ids"][:20]}, ROWS[1]]
+    with pytest.raises(ValueError, match=f"train_dataset: {message}"):
+        EBFTTrainer(model, config(), train_dataset=rows)
+    with pytest.raises(ValueError, match=f"eval_dataset: {message}"):
+        EBFTTrainer(model, config(), eval_dataset=rows)
+    with pytest.raises(ValueError, match="input_ids: expected rows of at most 20 positions, .*, got 24"):
+        EBFTTrainer(model, config(pad_to_multiple_of=8), train_dataset=rows[:1])
+    EBFTTrainer(model, config(), train_dataset=rows[:1] * 2).train()
+    # Positions are counted from the start of each document.
+    documents = [{"input_ids": ROWS[0]["input_ids"], "document_ids": [0] * 10 + [1] * 14}]
+    EBFTTrainer(model, config(), train_dataset=documents * 2).train()
+
+
+def test_a_stream_is_checked_batch_by_batch(plain, config, monkeypatch):
+    monkeypatch.setitem(plain.build.__globals__["MODELS"], "gpt2", LEARNED["gpt2"])
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(ROWS)
+
+    with pytest.raises(ValueError, match="input_ids: expected rows of at most 20 positions, .*, got 24"):
+        EBFTTrainer(plain.build("gpt2"), config(), train_dataset=Stream()).train()

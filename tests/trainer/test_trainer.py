@@ -221,16 +221,19 @@ def test_the_divergence_from_the_model_as_it_was_given(plain, config, bf16):
         assert torch.equal(x, y)
 
 
-def test_a_given_reference_is_used_and_adapters_need_none(plain, config):
-    peft = pytest.importorskip("peft")
+def test_a_given_reference_is_used(plain, config):
     trainer = EBFTTrainer(plain.build(), config(kl_coef=0.5), train_dataset=ROWS, reference_model=plain.build(seed=5))
     trainer.train()
     assert trainer.state.log_history[0]["loss/kl"] > 1e-2
-    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    trainer = EBFTTrainer(peft.get_peft_model(plain.build(), lora), config(kl_coef=0.5), train_dataset=ROWS)
-    assert trainer.reference_model is None
-    trainer.train()
-    assert trainer.state.log_history[0]["loss/kl"] > 0
+    both = {"kl_coef": 0.5, "kl_reference": "base"}
+    with pytest.raises(ValueError, match="kl_reference: expected 'start' with a reference_model, got 'base'"):
+        EBFTTrainer(plain.build(), config(**both), train_dataset=ROWS, reference_model=plain.build())
+    with pytest.raises(
+        ValueError, match="kl_reference: expected 'start' for a model without PEFT adapters, got 'base'"
+    ):
+        EBFTTrainer(plain.build(), config(**both), train_dataset=ROWS)
+    with pytest.raises(ValueError, match="kl_reference: expected one of 'start', 'base'; got 'first'"):
+        config(kl_reference="first")
 
 
 def test_a_feature_map_that_is_no_module(plain, config):
