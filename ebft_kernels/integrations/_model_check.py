@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ..layout import StridedLayout
 from ._models import ModelFacts, attention_dropout, base_model
+from ._output_head import OutputHead, in_place_of_head
 from ._strided_attention import Selection
 
+# Rollout tokens of the probe at the trained length, and tokens of one piece of its ordinary forwards.
+_LONG_HORIZON, _PIECE = 3, 512
 # Root-mean-square error of a row of logits, in standard deviations of all logits, that may be rounding. Measured on
 # tiny random models: rounding gives below 1e-5 in float32 and about 0.02 in bfloat16; layers that ignore the layout
 # between 5e-4 and 1, as a rule above 0.1.
@@ -88,6 +93,47 @@ def probe_tokens(model: nn.Module, layout: StridedLayout) -> Tensor:
     return torch.tensor([rows], device=layout.device)
 
 
+def long_layout(length: int, device: torch.device) -> StridedLayout:
+    """A prompt of ``length`` tokens (or a few, if that is less), an anchor in its middle and one at its end."""
+    length = max(length, 2 * _LONG_HORIZON + 2)
+    anchors = torch.tensor([[length // 2, length - _LONG_HORIZON]], device=device)
+    return StridedLayout.from_anchors(anchors, length, horizon=_LONG_HORIZON, samples=1)
+
+
+def plain_tail_logits(
+    model: nn.Module, tokens: Tensor, layout: StridedLayout, known: ModelFacts, form: tuple[float, float | None]
+) -> Tensor:
+    """[1, A, 1, G, V]: the logits that predict each rollout token of a `long_layout`, from ordinary forwards.
+
+    Over each prefix and rollout alone, piece by piece with transformers' own cache: no more scores than those of a
+    piece are there at once, whatever the length and the attention.
+    """
+    base = base_model(model)
+    prompt, rollouts = tokens[:, : layout.length], layout.rollouts(tokens)
+    selection = Selection(known.configs, "sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+    short = {"logits_to_keep": 1} if known.keeps_logits else {}
+    found: list[Tensor] = []
+
+    def keep(hidden: Tensor, head: OutputHead) -> None:
+        found.append(head.logits(hidden[:, -layout.horizon :]))
+
+    try:
+        tails = []
+        for index, anchor in enumerate(layout.anchors[0].tolist()):
+            row = torch.cat([prompt[:, :anchor], rollouts[:, index, 0, :-1]], 1)
+            # The last piece is a whole one: the tail lies in it.
+            starts = [0, *range((row.shape[1] - 1) % _PIECE + 1, row.shape[1], _PIECE), row.shape[1]]
+            cache = DynamicCache()
+            with in_place_of_head(model, form, keep):
+                for start, end in pairwise(starts):
+                    model(input_ids=row[:, start:end], past_key_values=cache, use_cache=True, **short)
+            tails.append(found[-1])
+            found.clear()
+    finally:
+        selection.undo()
+    return torch.stack(tails, 1)[:, :, None]
+
+
 def plain_logits(model: nn.Module, tokens: Tensor, layout: StridedLayout, known: ModelFacts) -> Tensor:
     """[1, S, V] in packed order from ordinary eager forwards, one over the prompt and one for each anchor."""
     prompt, rollouts = tokens[:, : layout.length], layout.rollouts(tokens)
@@ -104,16 +150,29 @@ def plain_logits(model: nn.Module, tokens: Tensor, layout: StridedLayout, known:
     return torch.cat(parts, 1)
 
 
-def disagreement(logits: Tensor, plain: Tensor, layout: StridedLayout, what: str) -> str:
-    """What to say about logits [1, S, V] that are not the plain ones but for rounding; empty if they are."""
+def not_finite(model: nn.Module, plain: Tensor) -> str:
+    """What to say about logits of ordinary forwards that are not all finite; empty if they are."""
+    if plain.isfinite().all():
+        return ""
+    broken = [name for name, x in model.named_parameters() if x.is_floating_point() and not x.isfinite().all()]
+    if not broken:
+        return f"its logits are not finite for ordinary tokens, though its weights are: it overflows in {plain.dtype}"
+    return f"its weights are not finite: NaN or infinity in {broken[0]} and {len(broken) - 1} other parameters"
+
+
+def disagreement(logits: Tensor, plain: Tensor, prompt_rows: int, what: str) -> str:
+    """What to say about logits [1, R, V] that are not the plain ones but for rounding; empty if they are.
+
+    The first ``prompt_rows`` rows are of the prompt, the others of rollouts.
+    """
     if logits.shape != plain.shape:
         return f"{what} gives logits of shape {list(logits.shape)} instead of {list(plain.shape)}"
     rounding = _ROUNDING[plain.dtype]
     logits, plain = logits.double(), plain.double()
-    error = ((logits - plain).square().mean(-1)[0] / plain.var()).sqrt()  # [S]
+    error = ((logits - plain).square().mean(-1)[0] / plain.var()).sqrt()  # [R]
     # The median in half precision, where rounding may send single rows of a mixture of experts to another expert.
     typical = Tensor.max if rounding < 0.01 else Tensor.median
-    prompt, rollouts = (float(typical(part)) for part in (error[: layout.length], error[layout.length :]))
+    prompt, rollouts = (float(typical(part)) for part in (error[:prompt_rows], error[prompt_rows:]))
     # The prompt's rows know nothing of rollouts: their error tells how much this model's layers amplify rounding.
     if prompt <= 2 * rounding and rollouts <= max(rounding, 2 * prompt):
         return ""

@@ -40,6 +40,7 @@ __all__ = [
     "OutputHead",
     "StridedCache",
     "apply_head",
+    "check_length",
     "check_model",
     "decoder_layers",
     "hidden_states",
@@ -249,7 +250,8 @@ def check_model(model: nn.Module, *, training: bool = True) -> ModelSupport:
     First what its class and config tell: layers other than full or sliding attention, chunked attention, biases,
     rotary frequencies that depend on the length of the call, attention dropout. Then a measurement on 27 tokens: the
     logits of a packed forward and of cached decoding against ordinary eager forwards over each prefix and rollout
-    alone. The model is left as it was: modes, attention setting, random states, gradients.
+    alone. The model is left as it was: modes, attention setting, random states, gradients. What begins beyond so few
+    tokens is for :func:`check_length`.
 
     Args:
         model: as for :func:`strided_attention_context`; it is run as it is, adapters and wrappers included.
@@ -273,17 +275,76 @@ def check_model(model: nn.Module, *, training: bool = True) -> ModelSupport:
     return ModelSupport(not reason, reason, known.architecture)
 
 
+def check_length(model: nn.Module, length: int) -> ModelSupport:
+    """Whether ``model``, which `check_model` accepts, gives the right numbers for prompts of ``length`` tokens too.
+
+    The short measurement cannot see what begins beyond it: windows, positions that depend on the length, capacities.
+    This one takes about three forwards over one such prompt, without gradient, and the logits of a few rows: those that
+    predict a rollout in the middle of the prompt and one at its end, packed and with cached decoding, against ordinary
+    forwards over the prefix and rollout alone. The model is left as it was.
+
+    Args:
+        model: as for :func:`strided_attention_context`, on the device that it is trained on.
+        length: of the longest prompt.
+
+    Raises:
+        ValueError: ``length`` is below 1; the head is not of the form of :class:`OutputHead`.
+        TypeError: ``model`` holds no transformers model.
+    """
+    check_int("length", length, minimum=1)
+    known, form = facts(model), head_form(model)
+    layout = _model_check.long_layout(length, base_model(model).get_input_embeddings().weight.device)
+    tokens = _model_check.probe_tokens(model, layout)
+    with _model_check.undisturbed(model):
+        try:
+            plain = _model_check.plain_tail_logits(model, tokens, layout, known, form)
+            found = _packed_tail_logits(model, tokens, layout), _cached_tail_logits(model, tokens, layout)
+        except Exception as error:  # noqa: BLE001 (whatever a model raises says that it cannot be run)
+            reason = f"a forward over {length} tokens failed with {type(error).__name__}: {error}"
+            return ModelSupport(False, reason, known.architecture)
+    for what, logits in zip(("a packed forward", "cached decoding"), found, strict=True):
+        # The first token of a rollout is predicted by a row of the prompt.
+        by_step = [x.transpose(1, 3).flatten(1, 3) for x in (logits, plain)]
+        what = f"{what} over {length} tokens"
+        if reason := _model_check.disagreement(*by_step, layout.num_anchors, what):
+            return ModelSupport(False, reason, known.architecture)
+    return ModelSupport(True, "", known.architecture)
+
+
+def _packed_tail_logits(model: nn.Module, tokens: Tensor, layout: StridedLayout) -> Tensor:
+    """[1, A, 1, G, V], as `plain_tail_logits`."""
+    return apply_head(model, tokens, layout, lambda hidden, head: (head.logits(layout.predictors(hidden)),))[0]
+
+
+def _cached_tail_logits(model: nn.Module, tokens: Tensor, layout: StridedLayout) -> Tensor:
+    cache = StridedCache(layout)
+    prompt = tokens[:, : layout.length]
+
+    def anchors(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
+        return (head.logits(layout.anchor_rows(hidden)),)
+
+    def all_rows(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
+        return (head.logits(hidden),)
+
+    steps = [apply_head(model, prompt, layout, anchors, cache=cache)[0]]
+    for step in range(layout.horizon - 1):
+        steps += apply_head(model, layout.step_rows(tokens, step), layout, all_rows, cache=cache, step=step)
+    return torch.stack(steps, 2)[:, :, None]
+
+
 def _measure(model: nn.Module, known: ModelFacts) -> str:
     """What a short packed forward and cached decoding get wrong; empty if nothing."""
     layout = _model_check.probe_layout(base_model(model).get_input_embeddings().weight.device)
     tokens = _model_check.probe_tokens(model, layout)
     plain = _model_check.plain_logits(model, tokens, layout, known)
+    if reason := _model_check.not_finite(model, plain):
+        return reason
     for what, run in (("a packed forward", _packed_logits), ("cached decoding", _cached_logits)):
         try:
             logits = run(model, tokens, layout)
         except Exception as error:  # noqa: BLE001 (whatever a model raises says that it cannot be run)
             return f"{what} failed with {type(error).__name__}: {error}"
-        if reason := _model_check.disagreement(logits, plain, layout, what):
+        if reason := _model_check.disagreement(logits, plain, layout.length, what):
             return reason
     return ""
 

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint, has_length, speed_metrics
 
 from ebft_kernels.integrations._models import facts
-from ebft_kernels.integrations.transformers import check_model, output_head, router_losses
+from ebft_kernels.integrations.transformers import check_length, check_model, output_head, router_losses
 
 from .calibration import BINS, calibration_error, calibration_sums
 from .checkpoint import (
@@ -157,8 +157,8 @@ class EBFTTrainer(Trainer):
         if (positions := facts(model).positions) is not None:
             data_collator = _WithinPositions(data_collator, positions)
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in {"train_dataset": train_dataset, **eval_datasets}.items():
-            _check_rows(name, dataset, data_collator)
+        datasets = {"train_dataset": train_dataset, **eval_datasets}
+        longest = max(_check_rows(name, dataset, data_collator) for name, dataset in datasets.items())
         if verifier is None and args.verifier is not None:
             verifier = load_verifier(args.verifier, processing_class)
         if args.verifier_coef and verifier is None:
@@ -204,6 +204,10 @@ class EBFTTrainer(Trainer):
         self.reference_model = reference
         if isinstance(reference, nn.Module):
             self.reference_model = _UnderAutocast(reference.to(args.device), self.accelerator)
+        # Of the longest prompt, where it is known; None: checked.
+        self._length_to_check: int | None = min(longest, positions or longest)
+        if longest and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._check_length()
         # What releases that do not know `loss_is_scaled_for_ga` go by.
         self.model_accepts_loss_kwargs = True
         self._metrics = MetricSums()
@@ -234,6 +238,11 @@ class EBFTTrainer(Trainer):
             check_whole(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
+    def _check_length(self, length: int = 0) -> None:
+        """Once, at the length that is trained: on the device, and where ranks share the weights when all are there."""
+        length, self._length_to_check = self._length_to_check or length, None
+        check_length(self.model_wrapped, length).require()
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
@@ -259,6 +268,9 @@ class EBFTTrainer(Trainer):
         layout = inputs["layout"]
         if not layout.num_valid:
             raise ValueError("layout: expected at least one valid anchor in the batch, got none")
+        if self._length_to_check is not None:
+            lengths = self.accelerator.gather(torch.tensor([layout.length], device=self.args.device))
+            self._check_length(int(lengths.max()))
         step, micro_batch = self._step_and_micro_batch
         micro_batch = micro_batch + 1 if step == self.state.global_step else 0
         self._step_and_micro_batch = (self.state.global_step, micro_batch)
@@ -519,11 +531,24 @@ def _chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()[:wanted])
 
 
-def _check_rows(name: str, dataset: Any, collator: Any) -> None:
-    """Raise ValueError for the first row without room for a rollout; a dataset without a length is not read."""
+def _check_rows(name: str, dataset: Any, collator: Any) -> int:
+    """The positions of the longest row of ``dataset``; 0 for one without a length, which is not read.
+
+    Raises:
+        ValueError: there is no row, or one without room for a rollout.
+    """
     if dataset is None or not has_length(dataset):
-        return
+        return 0
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
-    for number, reason in rows_without_anchor(dataset, collator):
+    longest = 0
+
+    def measured(rows: Sequence[Any]) -> dict[str, Any]:
+        nonlocal longest
+        batch = collator(rows)
+        longest = max(longest, batch["layout"].length)
+        return batch
+
+    for number, reason in rows_without_anchor(dataset, measured):
         raise ValueError(f"{name}: row {number}: {reason}")
+    return longest

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from ebft_kernels.integrations import _strided_attention
-from ebft_kernels.integrations.transformers import check_model, strided_attention_context
+from ebft_kernels.integrations import _model_check, _strided_attention
+from ebft_kernels.integrations.transformers import check_length, check_model, strided_attention_context
 
 STATE_SPACE = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
 SMALL = {"n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -72,6 +74,98 @@ def test_a_hidden_dependence_between_tokens_is_measured(tiny, dtype):
     model.model.layers[0].mlp = _Cumulative(model.model.layers[0].mlp)
     support = check_model(model)
     assert not support.ok and "ignores the layout" in support.reason
+
+
+# What begins beyond the few tokens of the first measurement
+
+
+class _CumulativeFrom(nn.Module):
+    """A layer that carries something from token to token, from some row of the call on."""
+
+    def __init__(self, inner: nn.Module, first: int) -> None:
+        super().__init__()
+        self.inner, self.first = inner, first
+
+    def forward(self, x):
+        late = torch.arange(x.shape[1], device=x.device)[:, None] >= self.first
+        return self.inner(x) + 0.1 * (x * late).cumsum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_begins_beyond_the_short_measurement_is_measured_at_the_trained_length(tiny, dtype):
+    model = tiny.build("llama", dtype=dtype)
+    assert check_length(model, 60).ok
+    model.model.layers[0].mlp = _CumulativeFrom(model.model.layers[0].mlp, 40)
+    assert check_model(model).ok and check_length(model, 20).ok
+    support = check_length(model, 60)
+    assert not support.ok and support.architecture == "llama"
+    assert "the logits of a packed forward over 60 tokens differ from those of plain forwards" in support.reason
+
+
+@pytest.mark.parametrize("op", ["strided_attention", "strided_attention_step"])
+def test_a_window_that_is_wrong_only_where_it_matters_is_measured(tiny, monkeypatch, op):
+    """In the packed forward and in cached decoding; as of a window that is lost in a narrow integer."""
+    model = tiny.build("mistral", sliding_window=40)
+    original = getattr(_strided_attention, op)
+    monkeypatch.setattr(_strided_attention, op, lambda *args, **options: original(*args, **options | {"window": 30}))
+    assert check_model(model).ok
+    what = {"strided_attention": "a packed forward", "strided_attention_step": "cached decoding"}[op]
+    assert f"{what} over 60 tokens" in check_length(model, 60).reason
+    assert "failed with IndexError" in check_length(tiny.build("gpt2"), 2000).reason
+    with pytest.raises(ValueError, match="length: expected at least 1, got 0"):
+        check_length(model, 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2", "mistral_window", "deepseek_v3"])
+def test_right_models_pass_at_any_length_and_stay_as_they_are(tiny, name, monkeypatch):
+    monkeypatch.setattr(_model_check, "_PIECE", 16)
+    model = tiny.build(name).train()
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    for length in (1, 9, 47, 48):
+        assert check_length(model, length) == (True, "", model.config.model_type)
+    assert model.training and model.config._attn_implementation == "eager"
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
+def test_the_measurement_at_a_length_holds_no_scores_of_all_pairs(tiny, monkeypatch):
+    """Eager attention would have heads x length x length of them."""
+    monkeypatch.setattr(_model_check, "_PIECE", 64)
+    model, length = tiny.build("gemma2"), 1000
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            self.numel = max(self.numel, *sizes, 0)
+            return out
+
+    with Largest() as largest:
+        assert check_length(model, length).ok
+    assert largest.numel < 4 * 64 * 1.1 * length < 4 * length * length / 10
+
+
+# Weights that are not numbers: nothing is known of the layout then
+
+
+@pytest.mark.parametrize(("name", "value"), [("model.layers.1.mlp.up_proj.weight", "nan"), ("lm_head.weight", "inf")])
+def test_weights_that_are_not_finite_are_named(tiny, name, value):
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5] = float(value)
+        model.model.norm.weight[0] = float("nan")
+    first = min(name, "model.norm.weight", key=[name for name, _ in model.named_parameters()].index)
+    with pytest.raises(
+        ValueError, match=f"llama: .*its weights are not finite: NaN or infinity in {first} and 1 other"
+    ):
+        check_model(model).require()
+    model = tiny.build("llama", dtype=torch.float16)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(6e4)
+    assert "its logits are not finite for ordinary tokens, though its weights are" in check_model(model).reason
 
 
 def test_a_model_that_adds_its_own_bias_is_refused(tiny):

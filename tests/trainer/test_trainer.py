@@ -531,6 +531,31 @@ def test_a_model_that_cannot_be_run_strided_is_refused(plain, config):
         EBFTTrainer(model, config(), train_dataset=ROWS)
 
 
+class AfterManyTokens(torch.nn.Module):
+    """A layer that mixes the rows of a call, beyond what the check of a model looks at before there are rows."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + 0.1 * (x * (torch.arange(x.shape[1])[:, None] >= 30)).cumsum(1)
+
+
+def test_the_model_is_checked_at_the_length_that_is_trained(plain, config):
+    """At set-up; with a stream, whose rows nobody has read by then, at the first batch."""
+    model = plain.build()
+    model.model.layers[0].mlp = AfterManyTokens(model.model.layers[0].mlp)
+    EBFTTrainer(model, config(), train_dataset=ROWS).train()
+    message = "llama: cannot be run strided: the logits of a packed forward over 48 tokens differ"
+    for datasets in ({"train_dataset": rows_of(24, 48)}, {"train_dataset": ROWS, "eval_dataset": {"a": rows_of(48)}}):
+        with pytest.raises(ValueError, match=message):
+            EBFTTrainer(model, config(), **datasets)
+    trainer = EBFTTrainer(model, config(), train_dataset=Endless(rows_of(24, 48) * 2))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 def test_a_model_that_is_spread_already_is_refused(plain, config):
     model = plain.build()
     model.lm_head.weight.ds_id = 0
