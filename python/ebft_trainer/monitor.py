@@ -20,6 +20,8 @@ LOG_FILE = "log.jsonl"
 WINDOW = 5
 #: Spread of rewards that is rounding beside rewards of order 1.
 NO_SPREAD = 1e-4
+#: Share of the weights that a step changes where they can hold it.
+FEW_MOVED = 0.5
 #: Of the rollouts that can be duplicates: all of an anchor but its first.
 MOSTLY_DUPLICATES = 0.9
 
@@ -63,6 +65,13 @@ _RULES = (
         WINDOW,
         f"rollouts have collapsed: duplicate_rate {{:.2f}}, near its largest value in {WINDOW} log lines in a row: "
         f"almost every rollout repeats another one of its anchor, and there is nothing to compare; {_ADVICE}",
+    ),
+    _Rule(
+        "weights_moved",
+        lambda value, _samples: value < FEW_MOVED,
+        1,
+        "only {:.1%} of the weights moved in the first step: their precision cannot hold steps so small; load the "
+        "model with dtype=torch.float32 and train with bf16=True, or raise learning_rate",
     ),
     _Rule(
         "nonfinite_steps",

@@ -42,6 +42,7 @@ from .feature_maps import build_feature_map
 from .features import FeatureMap, FeatureNetwork, StartingAdapters, has_adapters
 from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
+from .precision import WeightsMoved, check_dtypes
 from .quantized import keep_gradients
 from .rollout import evaluation_mode
 from .scoring import loss_weights
@@ -192,6 +193,8 @@ class EBFTTrainer(Trainer):
             raise ValueError(f"fsdp: accelerate does not shard on {args.device}; it needs an accelerator per process")
         if args.grad_norm_terms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("grad_norm_terms: expected False with FSDP or DeepSpeed, whose gradients are sharded")
+        if train_dataset is not None:
+            check_dtypes(self.model, fp16=args.fp16, masters=self.is_deepspeed_enabled)
         self.feature_network = feature_network
         if isinstance(feature_network, nn.Module):
             self.feature_network = feature_network.to(args.device)
@@ -217,6 +220,8 @@ class EBFTTrainer(Trainer):
         self._saving = False
         self.add_callback(_NonFiniteSteps(self))
         self.add_callback(CollapseWarning)
+        self._weights_moved = WeightsMoved()
+        self.add_callback(self._weights_moved)
 
     def train(
         self,
@@ -314,7 +319,7 @@ class EBFTTrainer(Trainer):
         ``loss`` is the mean over the steps that were taken, NaN if all were skipped.
         """
         if "loss" in logs:
-            logs = {**logs, **self._metrics.means(self.accelerator)}
+            logs = {**logs, **self._metrics.means(self.accelerator), **self._weights_moved.take()}
             self._metrics = MetricSums()
         super().log(logs, start_time)
 
