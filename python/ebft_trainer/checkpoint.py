@@ -9,14 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
+from .results import read_json_object
+
 MANIFEST = "ebft_checkpoint.json"
+STATE_FILE = "trainer_state.json"
 # transformers does not upload what begins with an underscore.
 UNFINISHED = "_unfinished"
 _CHUNK = 1 << 24
+# What a run that is resumed reads: none of it may stand beside a manifest that does not know it.
+_LOADED = re.compile(
+    r"(model|pytorch_model|adapter_model).*\.(safetensors|bin|json)|(optimizer|scheduler|scaler)\.(pt|bin)"
+    rf"|rng_state.*\.pth|{re.escape(STATE_FILE)}"
+)
 
 
 class CheckpointError(OSError):
@@ -36,9 +45,12 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 
 
 def start_unfinished(run: Path) -> None:
-    """An empty folder for what is about to be written; an earlier attempt that was interrupted is deleted."""
+    """An empty folder for what is about to be written; an earlier attempt that was interrupted is deleted.
+
+    ``run`` must exist: one that was deleted while it was written to is not to appear again as if it were whole.
+    """
     discard_unfinished(run)
-    (run / UNFINISHED).mkdir(parents=True, exist_ok=True)
+    (run / UNFINISHED).mkdir(exist_ok=True)
 
 
 def discard_unfinished(run: Path) -> None:
@@ -68,21 +80,20 @@ def keep_newest(run: Path, limit: int | None, *protected: str | None) -> None:
     discard_unfinished(run)
 
 
-def check_whole(folder: str | os.PathLike[str]) -> None:
+class WholeCheckpoint(str):
+    """The path of a checkpoint that `check_whole` has read."""
+
+
+def check_whole(folder: str | os.PathLike[str]) -> WholeCheckpoint:
     """Compare a checkpoint with its manifest; reads every file.
 
     Raises:
-        CheckpointError: it is no finished checkpoint, or the first file that is missing or was changed.
+        CheckpointError: it is no finished checkpoint, or the first file that is missing, was changed or added.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"resume_from_checkpoint: expected a checkpoint folder, got {str(folder)!r}")
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: no readable {MANIFEST} ({error})"
-        ) from error
+    files = _read_manifest(folder)
     for name, (size, digest) in files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
@@ -95,6 +106,30 @@ def check_whole(folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(
             f"resume_from_checkpoint: {str(folder)!r} is damaged: {reason}{_other_checkpoints(folder)}"
         )
+    unknown = sorted(path.name for path in folder.iterdir() if _LOADED.fullmatch(path.name) and path.name not in files)
+    if unknown:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {str(folder)!r} is damaged: {unknown[0]} is not in {MANIFEST}"
+            f"{_other_checkpoints(folder)}"
+        )
+    return WholeCheckpoint(folder)
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    try:
+        files = read_json_object(folder / MANIFEST)["files"]
+        files = {name: (int(size), str(digest)) for name, (size, digest) in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: no readable {MANIFEST} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if STATE_FILE not in files:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {str(folder)!r} is not a whole checkpoint: expected {STATE_FILE} in {MANIFEST}, "
+            f"got {', '.join(sorted(files)) or 'no files'}"
+        )
+    return files
 
 
 def _other_checkpoints(damaged: Path) -> str:

@@ -1,8 +1,11 @@
-"""What a run's folder holds, and what its log lines add up to."""
+"""What a run's folder holds, how it is read, and what its log lines add up to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 RUN_FILE, RESULT_FILE, MODEL_FOLDER = "ebft.json", "results.json", "model"
 
@@ -22,3 +25,37 @@ def seconds_per_step(history: Sequence[dict[str, float]]) -> dict[str, float]:
     }
     means["backward and optimizer"] = 2 * means["step"] - sum(means.values())
     return means
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: it holds something else; the message names file, what was expected and what came.
+        OSError: it cannot be read.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def parse_json(text: str) -> Any:
+    """As `json.loads`. Raises ValueError, with one line, for whatever is not JSON or too deep or too long for it."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{text[:40]!r}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{text[:40]!r}: too deeply nested") from None
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their names joined with dots."""
+    out = {}
+    for name, value in settings.items():
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out

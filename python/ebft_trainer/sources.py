@@ -158,11 +158,26 @@ class Source:
             )
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return self._data_set(name, _load_saved(name))
+        return (document for file in self.files_of(name) for document in self._read_file(file))
+
+    def files_of(self, name: str) -> list[Path]:
+        """The files behind one of ``names``, in the order in which they are read; none for a data set on the hub.
+
+        Raises:
+            ValueError: a folder without any.
+        """
+        path = Path(name)
+        if name.startswith(HUB):
+            return []
+        if not path.is_dir():
+            return [path]
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            return _files(path, ("",))
         extensions = EXTENSIONS if self.extensions is None else tuple(self.extensions)
         files = _files(path, extensions)
         if not files:
             raise ValueError(f"data: expected files ending in {' '.join(extensions)} in folder {name!r}, got none")
-        return (document for file in files for document in self._read_file(file))
+        return files
 
     def _read_file(self, path: Path) -> Iterator[Document]:
         if path.suffix == ".jsonl":

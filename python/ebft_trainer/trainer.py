@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
-from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint, has_length, speed_metrics
+from transformers.trainer_utils import has_length, speed_metrics
 
 from ebft_kernels.integrations._models import facts
 from ebft_kernels.integrations.transformers import check_length, check_model, output_head, router_losses
 
 from .calibration import BINS, calibration_error, calibration_sums
-from .checkpoint import (
-    UNFINISHED,
-    CheckpointError,
-    check_whole,
-    check_writable,
-    discard_unfinished,
-    keep_newest,
-    publish,
-    start_unfinished,
-)
+from .checkpoint import check_writable
 from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
@@ -44,6 +28,7 @@ from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
 from .precision import WeightsMoved, check_dtypes
 from .quantized import keep_gradients
+from .recovery import RecoveringTrainer
 from .rollout import evaluation_mode
 from .scoring import loss_weights
 from .step import EBFTStep, ebft_step
@@ -51,7 +36,7 @@ from .tokens import agreed_options
 from .verifiers import Verifier, load_verifier
 
 
-class EBFTTrainer(Trainer):
+class EBFTTrainer(RecoveringTrainer):
     """`transformers.Trainer` with the loss of EBFT (arXiv:2603.12248).
 
     Overrides how a loss is computed, what is logged, evaluation, and how a checkpoint is written; gradient
@@ -213,35 +198,10 @@ class EBFTTrainer(Trainer):
             self._check_length()
         # What releases that do not know `loss_is_scaled_for_ga` go by.
         self.model_accepts_loss_kwargs = True
-        self._metrics = MetricSums()
         self._step_and_micro_batch = (-1, -1)
-        self._nonfinite_losses: list[Tensor] = []
-        self._nonfinite_in_a_row = 0
-        self._saving = False
-        self.add_callback(_NonFiniteSteps(self))
         self.add_callback(CollapseWarning)
         self._weights_moved = WeightsMoved()
         self.add_callback(self._weights_moved)
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """As `Trainer.train`; a checkpoint to resume from is first checked for damage.
-
-        Raises:
-            CheckpointError: it is damaged or was never finished; or a checkpoint cannot be written.
-            FloatingPointError: the loss or the gradient was not finite too often; the state is saved.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise CheckpointError(f"resume_from_checkpoint: no checkpoint in {self.args.output_dir!r}")
-        if resume_from_checkpoint and self.is_local_process_zero():
-            check_whole(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _check_length(self, length: int = 0) -> None:
         """Once, at the length that is trained: on the device, and where ranks share the weights when all are there."""
@@ -300,10 +260,10 @@ class EBFTTrainer(Trainer):
         )
         norms = self._gradient_norms(model, result, micro_batch)
         self._metrics.add({**result.metrics, **norms, "loss": result.loss}, weights)
-        finite = result.loss.detach().isfinite()
-        self._nonfinite_losses.append(~finite)
+        loss = result.loss.detach()
+        self._losses.append(loss)
         # The step is skipped; transformers' running sum of losses is not to be NaN from here on.
-        loss = result.loss.where(finite, 0.0)
+        loss = result.loss.where(loss.isfinite(), 0.0)
         return (loss, {"step": result}) if return_outputs else loss
 
     def _gradient_norms(self, model: nn.Module, result: EBFTStep, micro_batch: int) -> dict[str, Tensor]:
@@ -399,56 +359,6 @@ class EBFTTrainer(Trainer):
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return self.accelerator.reduce(torch.stack(sums).cpu().double().sum(0).to(self.args.device))
 
-    def _end_gradient(self, model: nn.Module) -> None:
-        """Before the optimizer's step: take the gradients away if they, or a loss, are not finite on any rank."""
-        flags = self._nonfinite_losses
-        self._nonfinite_losses = []
-        if self.accelerator.scaler is None:
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
-            gradients = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
-            flags.append(~get_total_norm(gradients).isfinite())
-        flag = torch.stack([x.to(self.args.device) for x in flags]).any()
-        # The one moment in a step at which the host waits for the device.
-        skip = bool(self.accelerator.reduce(flag.float(), "sum").item())
-        self._nonfinite_in_a_row = self._nonfinite_in_a_row + 1 if skip else 0
-        self._metrics.end_step(taken=not skip)
-        if skip and self.is_deepspeed_enabled:
-            raise FloatingPointError(f"loss: expected finite numbers, got others in step {self.state.global_step}")
-        if skip:
-            model.zero_grad(set_to_none=True)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self._saving else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint where nobody takes it for one, and rename it when it is complete."""
-        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        try:
-            if self.args.should_save:
-                start_unfinished(run)
-            self.accelerator.wait_for_everyone()
-            self._saving = True
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(run / name)
-            if self.args.should_save:
-                self.state.save_to_json(str(run / UNFINISHED / name / "trainer_state.json"))
-                publish(run, name)
-                keep_newest(run, self.args.save_total_limit, str(run / name), self.state.best_model_checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free, last = shutil.disk_usage(run).free, get_last_checkpoint(str(run))
-            if self.args.should_save:
-                discard_unfinished(run)
-            raise CheckpointError(
-                f"output_dir: cannot write {name} to {str(run)!r} with {free / 1e9:.3g} GB free: {error}; the last "
-                f"whole checkpoint is {last}"
-            ) from error
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-
     def _generator(self, seed: int, *parts: str | int) -> torch.Generator:
         key = (seed, *parts) if parts[0] == "eval" else (seed, *parts, self.args.process_index)
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -481,31 +391,6 @@ class _UnderAutocast(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._autocast():
             return self.module(*args, **kwargs)
-
-
-class _NonFiniteSteps(TrainerCallback):
-    """Tells the trainer that a gradient is complete, and ends the run after too many that were not finite."""
-
-    def __init__(self, trainer: EBFTTrainer) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **others: Any) -> None:
-        self._trainer._end_gradient(others["model"])
-
-    def on_step_end(self, _args: Any, _state: Any, control: Any, **_others: Any) -> None:
-        control.should_save |= self._too_many
-
-    def on_save(self, args: Any, state: Any, _control: Any, **_others: Any) -> None:
-        if self._too_many:
-            raise FloatingPointError(
-                f"loss: expected finite numbers, got NaN or infinity in the loss or the gradient of "
-                f"{args.max_nonfinite_steps} steps in a row; the state before them is saved as "
-                f"checkpoint-{state.global_step} in {args.output_dir!r}"
-            )
-
-    @property
-    def _too_many(self) -> bool:
-        return self._trainer._nonfinite_in_a_row >= self._trainer.args.max_nonfinite_steps
 
 
 class _WithinPositions:

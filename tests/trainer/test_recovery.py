@@ -6,20 +6,26 @@ import copy
 import json
 import math
 import os
+import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save
 
 import ebft_kernels
 import ebft_trainer
-from ebft_trainer.checkpoint import MANIFEST, CheckpointError, check_whole
+from ebft_trainer.checkpoint import MANIFEST, CheckpointError, _write_manifest, check_whole
 from ebft_trainer.config import EBFTConfig
+from ebft_trainer.recovery import Stopped, stop_on_signals
 from ebft_trainer.trainer import EBFTTrainer
 
 from . import killed_run
@@ -37,7 +43,7 @@ ROWS = rows_of(*[24, 11, 17, 8] * 4)
 def trainer(plain, tmp_path):
     """A function that makes one; all write to the same folder."""
 
-    def make(callbacks=None, **options) -> EBFTTrainer:
+    def make(callbacks=None, model=None, **options) -> EBFTTrainer:
         usual = {
             **{"context": 4, "stride": 6, "horizon": 3, "samples": 3, "output_dir": str(tmp_path / "run")},
             **{"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2},
@@ -45,7 +51,8 @@ def trainer(plain, tmp_path):
             "dataloader_pin_memory": False,
         }
         config = EBFTConfig(**(usual | options))
-        return EBFTTrainer(plain.build(), config, train_dataset=ROWS, eval_dataset=ROWS[:2], callbacks=callbacks)
+        model = plain.build() if model is None else model
+        return EBFTTrainer(model, config, train_dataset=ROWS, eval_dataset=ROWS[:2], callbacks=callbacks)
 
     return make
 
@@ -63,15 +70,18 @@ def losses(trainer: EBFTTrainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+def environment() -> dict[str, str]:
+    paths = [str(Path(package.__file__).parents[1]) for package in (ebft_kernels, ebft_trainer)]
+    return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *sys.path]), "OMP_NUM_THREADS": "1"}
+
+
 # Killed
 
 
 def test_a_run_that_is_killed_at_any_moment_loses_nothing_but_time(plain, tmp_path):
     plain.build().save_pretrained(tmp_path / "model")
-    paths = [str(Path(package.__file__).parents[1]) for package in (ebft_kernels, ebft_trainer)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *sys.path]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, killed_run.__file__, str(tmp_path)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-5000:]
     report = json.loads((tmp_path / "report.json").read_text())
     assert sum(attempt["status"] in (-signal.SIGKILL, -signal.SIGALRM) for attempt in report) >= killed_run.KILLS // 2
@@ -172,6 +182,20 @@ def test_a_folder_that_cannot_be_written_to_is_refused_at_set_up(trainer, tmp_pa
         ),
         (lambda path: (path / MANIFEST).unlink(), f"is not a whole checkpoint: no readable {MANIFEST}"),
         (lambda path: (path / MANIFEST).write_text("{"), f"is not a whole checkpoint: no readable {MANIFEST}"),
+        (lambda path: (path / MANIFEST).write_text("[]"), "is not a whole .* expected a JSON object, got list"),
+        (
+            lambda path: (path / MANIFEST).write_text('{"files": 3}'),
+            f"is not a whole checkpoint: no readable {MANIFEST}",
+        ),
+        (
+            lambda path: (path / MANIFEST).write_text('{"files": {"a": 3}}'),
+            f"is not a whole checkpoint: no readable {MANIFEST}",
+        ),
+        (
+            lambda path: (path / MANIFEST).write_text('{"files": {}}'),
+            f"is not a whole checkpoint: expected trainer_state.json in {MANIFEST}, got no files",
+        ),
+        (lambda path: (path / "pytorch_model.bin").touch(), f"is damaged: pytorch_model.bin is not in {MANIFEST}"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(trainer, tmp_path, damage, message):
@@ -192,6 +216,203 @@ def test_no_checkpoint_to_resume_from_is_an_error(trainer, tmp_path):
         trainer().train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match="resume_from_checkpoint: expected a checkpoint folder, got "):
         trainer().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
+
+
+# Of another model, or broken before it was saved
+
+
+def forge(checkpoint: Path, name: str, content: bytes | None = None) -> None:
+    """Change a file of a checkpoint, or leave it out, and its manifest with it."""
+    path = checkpoint / name
+    path.unlink() if content is None else path.write_bytes(content)
+    (checkpoint / MANIFEST).unlink()
+    _write_manifest(checkpoint)
+
+
+def change_weights(checkpoint: Path, change) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    change(weights)
+    forge(checkpoint, "model.safetensors", save(weights, {"format": "pt"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("model.norm.weight"), "got no model.norm.weight$"),
+        (lambda x: [x.pop(name) for name in list(x) if "layers.3" in name], "got no model.layers.3.* and 6 more$"),
+        (lambda x: x.update(extra=torch.ones(2)), "got besides extra$"),
+        (
+            lambda x: x.update({"model.norm.weight": torch.ones(7)}),
+            r"got other shapes: model.norm.weight \[7\], not \[32\]$",
+        ),
+    ],
+)
+def test_weights_are_loaded_all_or_none(trainer, tmp_path, change, message):
+    trainer(max_steps=1).train()
+    change_weights(tmp_path / "run" / "checkpoint-1", change)
+    resumed = trainer()
+    before = copy.deepcopy(resumed.model.state_dict())
+    with pytest.raises(
+        CheckpointError, match=f"cannot load the weights of '.*checkpoint-1': .* of this model, {message}"
+    ):
+        resumed.train(resume_from_checkpoint=True)
+    assert equal(before, resumed.model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", b"no weights", "cannot load the weights"),
+        ("model.safetensors", None, "cannot load the weights"),
+        ("optimizer.pt", b"no pickle", "cannot load the optimizer's state"),
+        ("optimizer.pt", pickle.dumps(subprocess.run), "cannot load the optimizer's state"),
+        ("rng_state.pth", b"", "cannot load the random number generators' state"),
+        ("ebft_totals.json", b"{}", "cannot load ebft_totals.json"),
+        ("trainer_state.json", b"[]", "cannot load trainer_state.json"),
+        ("trainer_state.json", b'{"global_step": "many"}', "cannot load trainer_state.json"),
+    ],
+)
+def test_whatever_cannot_be_read_is_one_line(trainer, tmp_path, name, content, message):
+    trainer(max_steps=1).train()
+    forge(tmp_path / "run" / "checkpoint-1", name, content)
+    with pytest.raises(CheckpointError, match=f"resume_from_checkpoint: {message} of '.*checkpoint-1': ") as raised:
+        trainer(max_steps=2).train(resume_from_checkpoint=True)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "tied"])
+def test_models_whose_weights_have_other_names_on_the_disk_are_resumed(trainer, plain, kind):
+    changes = {
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        "tied": {"tie_word_embeddings": True},
+    }[kind]
+    name = "llama" if kind == "tied" else kind
+    whole = trainer(model=plain.build(name, **changes))
+    whole.train()
+    resumed = trainer(model=plain.build(name, **changes))
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    assert equal(whole.model.state_dict(), resumed.model.state_dict())
+    best = trainer(model=plain.build(name, **changes))
+    best.state.best_model_checkpoint = str(Path(whole.args.output_dir) / "checkpoint-4")
+    best._load_best_model()
+    assert equal(whole.model.state_dict(), best.model.state_dict())
+
+
+def test_adapters_are_loaded_all_or_none(trainer, plain, tmp_path):
+    def adapted(**options):
+        torch.manual_seed(0)
+        return get_peft_model(
+            plain.build(), LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"]} | options)
+        )
+
+    whole = trainer(model=adapted())
+    whole.train()
+    resumed = trainer(model=adapted())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert equal(whole.model.state_dict(), resumed.model.state_dict())
+    for options, message in (
+        ({"target_modules": ["q_proj", "down_proj", "k_proj"]}, "got no base_model.*k_proj"),
+        ({"target_modules": ["q_proj"]}, "got besides base_model.*down_proj"),
+        ({"r": 3}, r"got other shapes: .*lora_A.weight \[2, 40\], not \[3, 40\]"),
+    ):
+        with pytest.raises(CheckpointError, match=f"expected the weights of this model, {message}"):
+            trainer(model=adapted(**options)).train(resume_from_checkpoint=True)
+
+
+# The mean of a whole run
+
+
+def test_the_training_loss_after_resuming_is_that_of_the_whole_run(trainer, tmp_path):
+    """Also where it was saved between two log lines."""
+    whole = trainer(logging_steps=3, max_steps=5)
+    output = whole.train()
+    each = trainer(save_strategy="no", max_steps=5)
+    each.train()
+    assert output.training_loss == pytest.approx(sum(losses(each)) / 5)
+    resumed = trainer(logging_steps=3, max_steps=5)
+    again = resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert again.training_loss == output.training_loss == again.metrics["train_loss"]
+    assert resumed.state.log_history[-1]["train_loss"] == output.training_loss
+    finished = trainer(max_steps=5).train(resume_from_checkpoint=True)
+    assert finished.training_loss == output.training_loss
+
+
+def test_without_the_totals_of_a_checkpoint_there_is_a_warning(trainer, tmp_path, caplog):
+    trainer(max_steps=1).train()
+    forge(tmp_path / "run" / "checkpoint-1", "ebft_totals.json")
+    resumed = trainer(max_steps=2)
+    output = resumed.train(resume_from_checkpoint=True)
+    assert "no ebft_totals.json: train_loss will be that of the steps after this one" in caplog.text
+    assert output.training_loss == pytest.approx(losses(resumed)[1])
+
+
+# Stopped
+
+
+class At(killed_run.TrainerCallback):
+    """Does something when the second step begins."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def on_step_begin(self, _args, state, _control, **_others):
+        if state.global_step == 1:
+            self.action()
+
+
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves(trainer, tmp_path):
+    whole = trainer()
+    whole.train()
+    run = trainer([At(lambda: run.request_stop())], output_dir=str(tmp_path / "stopped"), save_steps=100)
+    run.train()
+    assert run.stopped and run.state.global_step == 2 and not whole.stopped
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == ["checkpoint-2"]
+    resumed = trainer(output_dir=str(tmp_path / "stopped"))
+    resumed.train(resume_from_checkpoint=True)
+    assert not resumed.stopped and losses(resumed) == losses(whole)
+    assert equal(whole.model.state_dict(), resumed.model.state_dict())
+
+
+def test_signals_stop_training_and_interrupt_what_else_is_done(trainer):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run = trainer([At(lambda: signal.raise_signal(signal.SIGTERM))])
+    with stop_on_signals(run) as came:
+        run.train()
+        assert run.stopped and came == ["SIGTERM"]
+        with pytest.raises(Stopped, match="SIGINT"):
+            signal.raise_signal(signal.SIGINT)
+    twice = trainer([At(lambda: [signal.raise_signal(signal.SIGINT) for _ in "ab"])])
+    with pytest.raises(Stopped), stop_on_signals(twice):
+        twice.train()
+    assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with ThreadPoolExecutor() as threads:  # where signals do not come
+        assert threads.submit(lambda: stop_on_signals(run).__enter__()).result() == []
+
+
+# One folder
+
+
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_a_folder_that_is_deleted_ends_the_run(trainer, tmp_path, save_steps):
+    message = "output: '.*run' or ebft.lock in it was deleted while the run was going on"
+    with pytest.raises(CheckpointError, match=message):
+        trainer([At(lambda: shutil.rmtree(tmp_path / "run"))], save_steps=save_steps).train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_runs_do_not_train_in_one_folder(trainer, tmp_path):
+    other = trainer()
+    found = []
+
+    def start():
+        code = f"from ebft_trainer.run_folder import owned\nwith owned({str(tmp_path / 'run')!r}): pass"
+        command = [sys.executable, "-c", code]
+        found.append(subprocess.run(command, env=environment(), capture_output=True, text=True).stderr)
+
+    trainer([At(start)]).train()
+    assert f"is in use by process {os.getpid()} on host " in found[0]
+    other.train()
 
 
 # Not finite
@@ -217,7 +438,7 @@ def poison(trainer: EBFTTrainer, *steps: int, by: float = math.inf, hidden: bool
             return loss
         if hidden:
             return Poisoned.apply(loss)
-        trainer._nonfinite_losses[-1] = ~(loss.detach() * by).isfinite()
+        trainer._losses[-1] = loss.detach() * by
         return loss
 
     trainer.compute_loss = poisoned
@@ -276,7 +497,7 @@ def test_too_many_steps_in_a_row_end_the_run_with_a_saved_state(trainer, tmp_pat
 def test_a_step_that_cannot_be_skipped_ends_the_run(trainer):
     run = trainer()
     run.is_deepspeed_enabled = True
-    run._nonfinite_losses = [torch.tensor(False), torch.tensor(True)]
+    run._losses = [torch.tensor(1.0), torch.tensor(math.inf)]
     with pytest.raises(FloatingPointError, match="loss: expected finite numbers, got others in step 0"):
         run._end_gradient(run.model)
 
@@ -287,7 +508,7 @@ def test_with_a_gradient_scaler_only_the_loss_is_judged(trainer):
     run.accelerator.scaler = torch.amp.GradScaler("cpu")
     for parameter in run.model.parameters():
         parameter.grad = torch.full_like(parameter, math.inf)
-    for bad, left in ((False, True), (True, False)):
-        run._nonfinite_losses = [torch.tensor(bad)]
+    for loss, left in ((1.0, True), (math.nan, False)):
+        run._losses = [torch.tensor(loss)]
         run._end_gradient(run.model)
         assert all((parameter.grad is not None) == left for parameter in run.model.parameters())
