@@ -87,6 +87,13 @@ def hidden_matching(model: ModelShape, rows: StridedLayout, dtype: torch.dtype) 
     return Call(lambda: ebft_kernels.match_hidden_states(hidden_states, rows, **options), False)
 
 
+def log_probs(rows: int, channels: int, vocabulary: int, dtype: torch.dtype, **options: object) -> Call:
+    """``linear_log_probs`` with one target for each row. Its matrix products are PyTorch's, and run."""
+    hidden, weight = (torch.empty(x, channels, dtype=dtype, requires_grad=True) for x in (rows, vocabulary))
+    targets = torch.zeros(rows, dtype=torch.int64)
+    return Call(lambda: (ebft_kernels.linear_log_probs(hidden, weight, targets, impl="triton", **options),))
+
+
 def dense_mask(_model: ModelShape, rows: StridedLayout) -> Call:
     """The dense mask of a layout, as its method writes it on a GPU."""
     sizes = {"length": rows.length, "horizon": rows.horizon, "full": False}

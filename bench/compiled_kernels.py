@@ -61,6 +61,9 @@ def _calls() -> dict[str, Callable[[], _cases.Call]]:
         "match fp32 n=16": lambda: _cases.matching(qwen, small._replace(samples=16).layout(), "sample"),
         "match hidden bf16": lambda: _cases.hidden_matching(qwen, small.layout(), bfloat16),
         "match hidden bf16 n=16": lambda: _cases.hidden_matching(qwen, small._replace(samples=16).layout(), bfloat16),
+        "log-probs bf16": lambda: _cases.log_probs(2, 64, 1000, bfloat16),
+        "log-probs fp32": lambda: _cases.log_probs(2, 64, 1000, float32),
+        "log-probs bf16 softcap": lambda: _cases.log_probs(2, 64, 1000, bfloat16, softcap=30.0),
         "mask": lambda: _cases.dense_mask(qwen, small.layout()),
         "mask, short rows": lambda: _cases.dense_mask(qwen, small._replace(length=64).layout()),
         "geometry": lambda: _cases.geometry(qwen, small.layout()),
@@ -77,6 +80,7 @@ NARROW: dict[tuple[str, str], str] = {
     ("match_fwd_kernel", "stores"): "a handful of numbers per anchor",
     ("match_hidden_kernel", "stores"): "a handful of numbers per anchor",
     ("gram_kernel", "stores"): "one small matrix per anchor",
+    ("softmax_add_kernel", "stores"): "two numbers per row, and one per target",
     ("dense_mask_kernel", "loads"): "it reads the ranges of one or two rows per tile",
     ("geometry_kernel", "loads"): "it looks up one anchor and one document per row",
 }

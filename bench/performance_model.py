@@ -21,6 +21,7 @@ from ._attention_cost import ATTENTION_GOAL, KernelCost, attention_costs, mask_c
 from ._cases import GEOMETRY, SHAPES
 from ._datasheets import ACCELERATORS
 from ._documents import DOCS, drift, table, write
+from ._log_probs_cost import LOG_PROBS_GOAL, LOG_PROBS_MEMORY, RATES, ROWS, log_probs_costs
 from ._memory_cost import MEMORY_GOAL, PASSES, MemoryCost, memory_cost
 from ._targets import GPUS
 from .shapes import ModelShape
@@ -46,7 +47,14 @@ def main() -> None:
 def document() -> str:
     """The whole document."""
     introduction = _INTRODUCTION.format(
-        command=COMMAND, setting=GEOMETRY, attention_goal=ATTENTION_GOAL, memory_goal=MEMORY_GOAL
+        command=COMMAND,
+        setting=GEOMETRY,
+        attention_goal=ATTENTION_GOAL,
+        memory_goal=MEMORY_GOAL,
+        product_rate=RATES[0] / 1e12,
+        copy_rate=RATES[1] / 1e12,
+        log_probs_goal=LOG_PROBS_GOAL,
+        log_probs_memory=LOG_PROBS_MEMORY / 1e6,
     )
     work = [(name, model) for name in sorted(PASSES, key=lambda name: "backward" not in name) for model in SHAPES]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
@@ -83,6 +91,8 @@ def _model(model: ModelShape, memory: list[MemoryCost]) -> str:
             _masks(model),
             "### Memory-bound passes: bytes needed and moved, and the least time in microseconds\n",
             _memory(memory),
+            f"### `linear_log_probs` of {ROWS} rows, forward and all gradients, on an H100\n",
+            _log_probs(model),
         ]
     )
 
@@ -141,6 +151,25 @@ def _memory(costs: list[MemoryCost]) -> str:
     return table(("pass", "kernels", "MB needed", "MB moved", "ratio", *(x.name for x in ACCELERATORS)), rows)
 
 
+def _log_probs(model: ModelShape) -> str:
+    costs = log_probs_costs(model)
+    rows = [
+        (
+            cost.how,
+            cost.products,
+            f"{1e3 * cost.operations / RATES[0]:.1f}",
+            f"{cost.logits / 1e9:.1f}",
+            f"{cost.gradients / 1e9:.1f}",
+            f"{1e3 * cost.seconds:.1f}",
+            f"{cost.seconds / costs[1].seconds:.2f}",
+            f"{cost.memory / 1e6:.0f}",
+        )
+        for cost in costs
+    ]
+    header = ("how", "products", "ms of products", "GB of logits", "GB of gradients", "ms", "ratio", "MB held")
+    return table(header, rows)
+
+
 _INTRODUCTION = """\
 # Performance model
 
@@ -164,6 +193,17 @@ Everything is for one layer at {setting}, bfloat16 (features float32), the promp
   Softmax, launches and everything else that is neither are taken to be free.
 * **By other means**: the method's published code repeats the prompt for each sample and orders rollout tokens by (step,
   anchor); FlexAttention computes every 128 x 128 block that holds a pair, a dense mask every pair.
+* **`linear_log_probs`**: all products at {product_rate:.0f} TFLOP/s and, after them, passes at {copy_rate:.1f} TB/s,
+  what one H100 did in large bf16 products and copies. **GB of logits**: written by a product and read again, or
+  overwritten by their gradient. **GB of gradients**: written, and where several tiles add to one, their sums in
+  float32. What products read is left out. Goal: at most {log_probs_goal} times the four products of a computation that
+  does not keep the logits, and {log_probs_memory:.0f} MB besides inputs and outputs.
+  * "large tiles, one kernel per pass" is `impl="triton"`: all rows, and as many columns as fit, so that every block of
+    the weight gradient is written once. The logits are bfloat16, as a product in bfloat16 gives them anywhere.
+  * "tiles of all columns" reads and writes a weight gradient in float32 for each.
+  * "logits in registers", without atomic additions: the accumulator of a gradient, 128 rows of all channels in float32,
+    is larger than the registers of a processor, so that each of the two is done in parts of 256 channels, and the
+    logits are computed for each part. This loses in products more than it saves in bytes.
 """
 
 

@@ -25,7 +25,7 @@ OPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pool_features": ("pooling", ("triton", "native", "torch", "reference")),
     "mean_embedding_loss": ("matching", ("triton", "native", "torch", "reference")),
     "feature_matching": ("matching", ("triton", "native", "torch", "reference")),
-    "linear_log_probs": ("logprob", ("native", "torch", "reference")),
+    "linear_log_probs": ("logprob", ("triton", "native", "torch", "reference")),
 }
 
 

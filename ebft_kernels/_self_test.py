@@ -161,25 +161,24 @@ def _hidden_case(layout: StridedLayout, channels: int, mode: str, normalize: str
     return Case("match_hidden_states", name, _hidden_inputs(layout, channels), run)
 
 
-def _log_probs_case(name: str, *, several: bool = False) -> Case:
+def _log_probs_case(name: str, vocabulary: int, *, several: bool = False, **options: object) -> Case:
     def inputs() -> dict[str, Tensor]:
-        return {"hidden": _random(50, 32, seed=0), "weight": _random(301, 32, seed=1)}
+        return {"hidden": _random(50, 32, seed=0), "weight": _random(vocabulary, 32, seed=1)}
 
     def run(tensors: dict[str, Tensor], impl: str) -> Results:
         number = torch.arange(50, device=tensors["hidden"].device)
-        rows = number * number % 11 if several else None
-        options = {"temperature": 0.6, "chunk_size": 16, "impl": impl}
-        log_probs = logprob.linear_log_probs(*tensors.values(), number * 6, rows=rows, **options)
+        given = {"temperature": 0.6, "chunk_size": 16, "rows": number * number % 11 if several else None, **options}
+        log_probs = logprob.linear_log_probs(*tensors.values(), number * 7919 % vocabulary, impl=impl, **given)
         return _with_gradients({"log-probabilities": log_probs}, tensors)
 
-    return Case("linear_log_probs", name, inputs, run, short=False)
+    return Case("linear_log_probs", name, inputs, run)
 
 
 def cases(*, large: bool) -> tuple[Case, ...]:
     """All cases: ``large`` ones reach the loops over whole tiles and the splits of a GPU, small ones take no time."""
     short = StridedLayout.strided(1, 29, context=5, stride=4, horizon=4, samples=3)
     long = StridedLayout.strided(2, 523, context=5, stride=17, horizon=4, samples=3) if large else short
-    channels, width = (1000, 1000) if large else (24, 96)
+    channels, width, vocabulary = (1000, 1000, 5003) if large else (24, 96, 301)
     step_without_split = _attention_cases(short, "short prompt")[1:] if large else ()
     return (
         *_attention_cases(long, ""),
@@ -197,6 +196,7 @@ def cases(*, large: bool) -> tuple[Case, ...]:
         _matching_case(width, "sample", 17),
         _hidden_case(long, channels, "last_token", "joint", masked=False),
         _hidden_case(short, channels, "concat", "per_layer", masked=True),
-        _log_probs_case(""),
-        _log_probs_case("several targets of a row", several=True),
+        _log_probs_case("", vocabulary),
+        _log_probs_case("several targets of a row", vocabulary, several=True),
+        _log_probs_case("softcap", vocabulary, softcap=5.0, scale=0.5),
     )

@@ -195,3 +195,11 @@ def geometry_tiles(target: Target) -> list[Tile]:
     if target.arch == "interpreter":
         return [Tile({"BLOCK": 64}, 1)]
     return [Tile({"BLOCK": 4 * 2 * _lanes(target)}, 2)]
+
+
+@functools.cache
+def softmax_tiles(target: Target, itemsize: int) -> list[Tile]:
+    """Tiles of ``softmax_add_kernel`` and ``softmax_gradient_kernel``: two loads of 16 bytes per thread in flight."""
+    if target.arch == "interpreter":
+        return [Tile({"BLOCK": 64}, 1)]
+    return [Tile({"BLOCK": 2 * 4 * _lanes(target) * 16 // itemsize}, 4)]

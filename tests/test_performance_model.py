@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import _attention_cost as cost
-from bench import _cases, _memory_cost, performance_model
+from bench import _cases, _log_probs_cost, _memory_cost, performance_model
 from bench._datasheets import ACCELERATORS
 from bench._interpreted import counting
 from bench._targets import GPUS, Gpu
 from bench.shapes import Geometry, ModelShape, visible_pairs
 from ebft_kernels import StridedLayout
+from ebft_kernels.logprob import _tiled, _torch
 from ebft_kernels.testing import LAYOUTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +113,77 @@ def test_few_programs_stand_for_all(name):
     """At sizes that are multiples of every tile, as the documents' are, but for rounding in the dense mask."""
     one, geometry = _memory_cost.PASSES[name], Geometry(batch=2, length=40)
     assert moved(one, geometry, one.programs) == pytest.approx(moved(one, geometry), rel=1e-3)
+
+
+def test_log_probs_read_their_logits_once_and_write_their_gradient_once():
+    rows, vocabulary = 3, 4096
+    call = _cases.log_probs(rows, 4, vocabulary, torch.float16)
+    with counting(GPUS["sm_90"]) as traffic:
+        call.run()
+    read, gradient = traffic["softmax_add_kernel"], traffic["softmax_gradient_kernel"]
+    assert (read.launches, gradient.launches) == (1, 1)
+    products = 2 * 2  # bytes of two products' results
+    # A few numbers per row come on top.
+    assert read.bytes + gradient.bytes == pytest.approx(
+        (_log_probs_cost.pass_bytes(2) - products) * rows * vocabulary, rel=0.01
+    )
+
+
+class Passes(TorchDispatchMode):
+    """Adds up the bytes that ops read and write, but for what a product reads and what is picked out by an index."""
+
+    UNTOUCHED = tuple(
+        getattr(torch.ops.aten, name) for name in ("empty", "new_empty", "empty_like", "index", "index_add_")
+    )
+    WRITING = tuple(getattr(torch.ops.aten, name) for name in ("mm", "addmm", "new_zeros"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+        result, op = func(*args, **(kwargs or {})), func.overloadpacket
+        if not func.is_view and op not in self.UNTOUCHED:
+            read = () if op in self.WRITING else args[1:] if op is torch.ops.aten.copy_ else args
+            self.bytes += sum(x.nbytes for x in (result, *read) if isinstance(x, torch.Tensor))
+        return result
+
+
+def test_passes_of_pytorch_over_the_logits(monkeypatch):
+    monkeypatch.setattr(_tiled, "CPU_TILE_BYTES", 1 << 40)
+    rows, vocabulary = 3, 1 << 16
+    hidden, weight = (torch.zeros(size, 1, dtype=torch.bfloat16) for size in (rows, vocabulary))
+    arguments = hidden, weight, torch.zeros(rows, dtype=torch.int64), None, None
+    options = 1.0, None, 1.0, None
+    with Passes() as passes:
+        statistics = _torch.forward(*arguments, *options)
+        _torch.backward(*statistics, *arguments, [False] * 3, *options)
+    expected = _log_probs_cost.pytorch_pass_bytes(2) * rows * vocabulary
+    assert passes.bytes == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("tiles", (1, 3))
+def test_bytes_by_which_gradients_are_summed_up(tiles):
+    """Of the weight, over tiles of rows."""
+    vocabulary, channels = 64, 512
+    hidden, weight = (torch.zeros(size, channels, dtype=torch.bfloat16) for size in (tiles, vocabulary))
+    arguments = hidden, weight, torch.zeros(tiles, dtype=torch.int64), None, None
+    options = 1.0, None, 1.0, 1
+    statistics = _torch.forward(*arguments, *options)
+    counts = []
+    for needed in (True, False):
+        with Passes() as passes:
+            _torch.backward(*statistics, *arguments, [False, needed, False], *options)
+        counts.append(passes.bytes)
+    assert counts[0] - counts[1] == _log_probs_cost.gradient_bytes(weight.numel(), tiles)
+
+
+@pytest.mark.parametrize("model", _cases.SHAPES, ids=lambda model: model.name)
+def test_the_goal_of_log_probs(model):
+    _, products, ours, *others = _log_probs_cost.log_probs_costs(model)
+    assert ours.seconds <= _log_probs_cost.LOG_PROBS_GOAL * products.seconds
+    assert ours.seconds < min(other.seconds for other in others)
+    assert ours.memory < _log_probs_cost.LOG_PROBS_MEMORY
 
 
 def table_rows(first_column: str) -> list[list[str]]:

@@ -1,5 +1,5 @@
 """Log-probabilities by tiles of the logits: the products, and what is summed over tiles. What is done within a tile is
-given: :mod:`._torch` or :mod:`._native`."""
+given: :mod:`._torch`, :mod:`._native` or :mod:`._triton`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Logits per tile, in bytes of their sums' dtype: a share of a CPU's last-level cache; enough to keep an accelerator
-# busy.
+# Logits per tile, in bytes of their sums' dtype: a share of a CPU's last-level cache; on an accelerator few and large
+# products, whose sums over the tiles are then few too.
 CPU_TILE_BYTES = 16 << 20
-TILE_BYTES = 256 << 20
-# With fewer rows, reading and writing the whole weight gradient once per tile begins to show.
-MIN_ROWS = 256
-# On a CPU as many rows as this, and columns in turn, a multiple of so many: a block of the weight and of its gradient
-# is then read and written once.
+TILE_BYTES = 512 << 20
+# As many rows as this, and columns in turn, a multiple of so many: a block of the weight and of its gradient is then
+# read and written once. Of an accelerator's memory the weight gradient in float32, which several tiles of rows would
+# need, takes more than a tile.
 CPU_ROWS, CPU_COLUMNS = 4096, 64
+ROWS, COLUMNS = 32768, 128
 
 
 class Targets(NamedTuple):
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
     rows: slice
     columns: slice
-    data: Tensor  # [M, N] in the dtype of hidden
+    data: Tensor  # [M, N] in the dtype of hidden; rows begin at multiples of the pitch
     targets: Targets  # of all rows and columns
     softcap: float
 
@@ -59,12 +59,11 @@ Differentiate = Callable[[Tile, Tensor, Tensor, Tensor, Tensor], None]
 
 def tile_shape(rows: int, vocabulary: int, itemsize: int, chunk_size: int | None, device_type: str) -> tuple[int, int]:
     """Rows and columns of a tile, of logits whose sums have ``itemsize`` bytes."""
-    if device_type != "cpu":
-        most = max(MIN_ROWS, TILE_BYTES // (vocabulary * itemsize)) if chunk_size is None else chunk_size
-        return max(1, min(most, rows)), vocabulary
-    rows = max(1, min(CPU_ROWS if chunk_size is None else chunk_size, rows))
-    columns = CPU_TILE_BYTES // (rows * itemsize) // CPU_COLUMNS * CPU_COLUMNS
-    return rows, min(max(CPU_COLUMNS, columns), vocabulary)
+    on_cpu = device_type == "cpu"
+    most, unit, tile_bytes = (CPU_ROWS, CPU_COLUMNS, CPU_TILE_BYTES) if on_cpu else (ROWS, COLUMNS, TILE_BYTES)
+    rows = max(1, min(most if chunk_size is None else chunk_size, rows))
+    columns = tile_bytes // (rows * itemsize) // unit * unit
+    return rows, min(max(unit, columns), vocabulary)
 
 
 def forward(
@@ -78,9 +77,12 @@ def forward(
     softcap: float | None,
     scale: float,
     chunk_size: int | None,
+    *,
+    pitch: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [T], and of the logits the largest and the logarithm of the sum of ``exp(logit - largest)``,
-    [2, R], from hidden [R, C], weight [V, C], targets [T] and their rows [T].
+    [2, R], from hidden [R, C], weight [V, C], targets [T] and their rows [T]. The rows of a tile begin at multiples of
+    ``pitch`` numbers.
 
     The two are not added up: the logits of likely tokens are near the largest, and their distance from it has digits
     that a log-sum-exp of its size has not.
@@ -96,7 +98,7 @@ def forward(
     scored = _by_row(targets, rows, hidden.shape[0])
     at_target = statistics.new_empty(targets.shape)
     shape = tile_shape(hidden.shape[0], weight.shape[0], dtype.itemsize, chunk_size, hidden.device.type)
-    for tile in _tiles(hidden, weight, scored, bias, temperature, softcap, scale, shape):
+    for tile in _tiles(hidden, weight, scored, bias, temperature, softcap, scale, shape, pitch):
         add(tile, largest[tile.rows], total[tile.rows], at_target)
     total.log_()
     log_probs = at_target.sub_(largest[scored.rows]).sub_(total[scored.rows])
@@ -117,27 +119,25 @@ def backward(
     softcap: float | None,
     scale: float,
     chunk_size: int | None,
+    *,
+    pitch: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias from ``grad`` [T]; an empty tensor for each that is not in ``needs``."""
     (num_rows, vocabulary), dtype = (hidden.shape[0], weight.shape[0]), statistics.dtype
     shape = tile_shape(num_rows, vocabulary, dtype.itemsize, chunk_size, hidden.device.type)
-    # What has one summand only needs no wider sum.
-    grad_hidden = hidden.new_zeros(
-        hidden.shape if needs[0] else 0, dtype=hidden.dtype if shape[1] == vocabulary else dtype
-    )
-    grad_weight = hidden.new_zeros(
-        weight.shape if needs[1] else 0, dtype=hidden.dtype if shape[0] == num_rows else dtype
-    )
+    row_tiles, column_tiles = -(-num_rows // shape[0]), -(-vocabulary // shape[1])
+    grad_hidden = _sum_of_products(hidden, column_tiles, dtype, needed=needs[0])
+    grad_weight = _sum_of_products(weight, row_tiles, dtype, needed=needs[1])
     grad_bias = statistics.new_zeros(vocabulary if needs[2] else 0)
     scored = _by_row(targets, rows, num_rows)
     upstream = scored.sort(grad) * (-scale / temperature)
     whole_upstream = upstream if rows is None else add_at(torch.zeros_like(statistics[0]), scored.rows, upstream)
-    for tile in _tiles(hidden, weight, scored, bias, temperature, softcap, scale, shape):
+    for tile in _tiles(hidden, weight, scored, bias, temperature, softcap, scale, shape, pitch):
         differentiate(tile, *statistics[:, tile.rows], whole_upstream[tile.rows], upstream)
         if needs[0]:
-            _add_product(grad_hidden[tile.rows], tile.data, weight[tile.columns])
+            _add_product(grad_hidden[tile.rows], tile.data, weight[tile.columns], column_tiles)
         if needs[1]:
-            _add_product(grad_weight[tile.columns], tile.data.mT, hidden[tile.rows])
+            _add_product(grad_weight[tile.columns], tile.data.mT, hidden[tile.rows], row_tiles)
         if needs[2]:
             grad_bias[tile.columns] += tile.data.sum(0, dtype=dtype)
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
@@ -156,8 +156,19 @@ def add_at(total: Tensor, index: Tensor, summands: Tensor) -> Tensor:
     return total.index_put_((index,), summands, accumulate=True)  # sorted; on a CPU by threads, in any order
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
+def _sum_of_products(like: Tensor, summands: int, dtype: torch.dtype, *, needed: bool) -> Tensor:
+    """Room of the shape of ``like`` for :func:`_add_product`; what has one summand only needs no wider sum."""
+    if not needed:
+        return like.new_empty(0)
+    if summands == 1:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return like.new_zeros(like.shape, dtype=dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, summands: int) -> None:
+    if summands == 1:
+        torch.mm(a, b, out=total)
+    elif total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
         total += a @ b
@@ -190,6 +201,7 @@ def _tiles(
     softcap: float | None,
     scale: float,
     tile: tuple[int, int],
+    pitch: int,
 ) -> Iterator[Tile]:
     """All tiles, of at most ``tile`` rows and columns, one after the other.
 
@@ -197,14 +209,19 @@ def _tiles(
     """
     num_rows, vocabulary = hidden.shape[0], weight.shape[0]
     tile_rows, tile_columns = tile
-    memory = hidden.new_empty(tile_rows * tile_columns)
+    memory = hidden.new_empty(tile_rows * _round_up(tile_columns, pitch))
     factor = scale / (temperature if softcap is None else softcap)
     cap = 0.0 if softcap is None else softcap / temperature
     for row in range(0, num_rows, tile_rows):
         rows = slice(row, min(row + tile_rows, num_rows))
         for column in range(0, vocabulary, tile_columns):
             columns = slice(column, min(column + tile_columns, vocabulary))
-            shape = rows.stop - rows.start, columns.stop - columns.start
-            data = memory[: shape[0] * shape[1]].view(shape)
+            height, width = rows.stop - rows.start, columns.stop - columns.start
+            stride = _round_up(width, pitch)
+            data = memory[: height * stride].view(height, stride)[:, :width]
             multiply(hidden[rows], weight[columns], None if bias is None else bias[columns], factor, out=data)
             yield Tile(rows, columns, data, targets, cap)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

@@ -45,8 +45,8 @@ def linear_log_probs(
         temperature: divides the logits.
         softcap: bound of the logits.
         scale: multiplies the logits.
-        chunk_size: rows whose logits are held together; None: up to 4096 on the CPU, elsewhere 256 MB of logits, but at
-            least 256 rows. On the CPU so many columns at a time that it is 16 MB of logits.
+        chunk_size: rows whose logits are held together; None: up to 4096 on the CPU, elsewhere up to 32768. So many
+            columns at a time that in the dtype of their sums it would be 16 MB of logits, elsewhere 512 MB.
         impl: "auto", "reference", "torch", ...; see :func:`ebft_kernels.available_impls`.
 
     Returns:

@@ -323,7 +323,7 @@ def _storage(x: Tensor) -> torch.UntypedStorage:
 def _log_probs(on_cpu: bool, hidden: Tensor, weight: Tensor, *rest: Any) -> int:
     """A tile of the logits in the model's dtype and, where PyTorch does the softmax, in that of sums."""
     rows, columns, sum_bytes = _tile(on_cpu, hidden, weight, rest[-2])
-    widened = 0 if on_cpu and _native("linear_log_probs", hidden) or hidden.dtype.itemsize >= 4 else sum_bytes
+    widened = 0 if _fused(on_cpu, hidden) or hidden.dtype.itemsize >= 4 else sum_bytes
     return rows * columns * (hidden.dtype.itemsize + widened)
 
 
@@ -336,13 +336,18 @@ def _log_probs_backward(
     """
     rows, columns, sum_bytes = _tile(on_cpu, hidden, weight, rest[-2])
     total = _log_probs(on_cpu, hidden, weight, *rest)
-    if rest[5] is not None and not (on_cpu and _native("linear_log_probs", hidden)):
+    if rest[5] is not None and not _fused(on_cpu, hidden):
         total += 2 * rows * columns * sum_bytes
     if hidden.dtype.itemsize < 4:
         needs_hidden, needs_weight = rest[3][:2]
         total += sum_bytes * hidden.numel() * (needs_hidden and columns < weight.shape[0])
         total += sum_bytes * weight.numel() * (needs_weight and rows < hidden.shape[0])
     return total
+
+
+def _fused(on_cpu: bool, hidden: Tensor) -> bool:
+    """Whether kernels do the softmax of log-probabilities, in place: on a GPU Triton's, which are not for float64."""
+    return _native("linear_log_probs", hidden) if on_cpu else hidden.dtype != torch.float64
 
 
 def _tile(on_cpu: bool, hidden: Tensor, weight: Tensor, chunk_size: int | None) -> tuple[int, int, int]:
