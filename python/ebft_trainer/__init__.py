@@ -1,5 +1,6 @@
 """A thin trainer for energy-based fine-tuning on top of `ebft_kernels` and transformers."""
 
+from . import _quiet  # noqa: F401 (before all that imports transformers.Trainer)
 from .config import EBFTConfig, EBFTOptions
 from .data import EBFTCollator
 from .feature_maps import TextEncoderFeatures

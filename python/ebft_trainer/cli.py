@@ -6,13 +6,15 @@ import argparse
 import atexit
 import importlib.metadata
 import json
+import logging
 import math
 import platform
 import shutil
 import sys
 import tempfile
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +22,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 import ebft_kernels
 
@@ -88,16 +91,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = _parser().parse_args(argv)
     atexit.register(_leave_ranks)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    with _log_on_stderr():
+        try:
+            work = arguments.prepare(arguments)
+        except (ValueError, TypeError, OSError) as error:
+            print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+        try:
+            work()
+        except (CheckpointError, FloatingPointError) as error:
+            print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(1) from None
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the trainer settles by itself and warns of, one line each."""
+    log, handler = logging.getLogger(__package__), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("ebft-train: %(message)s"))
+    log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.INFO)
     try:
-        work = arguments.prepare(arguments)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    try:
-        work()
-    except (CheckpointError, FloatingPointError) as error:
-        print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _leave_ranks() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_in_notebook
 
 from ebft_kernels.matching.api import ESTIMATORS, WHITENINGS
 from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS
@@ -188,10 +190,11 @@ def _check_layers(layers: Any) -> None:
 class EBFTConfig(EBFTOptions, TrainingArguments):
     """`transformers.TrainingArguments`, the method's options, and what evaluation and recovery need; nothing else.
 
-    Four defaults differ from transformers': the learning rate is the authors' (for models of a billion parameters
+    Five defaults differ from transformers': the learning rate is the authors' (for models of a billion parameters
     and more); data columns are never dropped by their name (no model's forward knows ``completion_mask``); a log line
     comes every 10 steps, since a step does the work of several; a loss that is not finite is logged as it is, where
-    transformers would show the average of earlier ones and wait for the device at every step to do so.
+    transformers would show the average of earlier ones and wait for the device at every step to do so; progress bars
+    are for terminals and notebooks, elsewhere there is one line for each log line.
 
     Raises:
         ValueError, TypeError: as `EBFTOptions`; or a setting of transformers that would change what the model
@@ -219,6 +222,8 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         EBFTOptions.__post_init__(self)
+        if self.disable_tqdm is None and not _shows_bars():
+            self.disable_tqdm = True
         TrainingArguments.__post_init__(self)
         # Batches hold a StridedLayout, which one rank cannot broadcast to the others: each reads its own share.
         if self.accelerator_config.dispatch_batches is None:
@@ -248,6 +253,11 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
                 f"hub_strategy: expected end or every_save, got {self.hub_strategy}: a checkpoint is renamed when it "
                 "is complete, while transformers would still upload it"
             )
+
+
+def _shows_bars() -> bool:
+    """Whether progress bars are drawn, not written one below the other into a file."""
+    return is_in_notebook() or (sys.stdout.isatty() and sys.stderr.isatty())
 
 
 def options_of(config: EBFTOptions) -> EBFTOptions:

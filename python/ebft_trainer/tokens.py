@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,6 @@ from ebft_kernels.integrations.transformers import output_head
 
 from .config import EBFTOptions, options_of
 from .rollout import end_tokens
-
-logger = logging.getLogger(__name__)
 
 
 def agreed_options(model: nn.Module, tokenizer: Any, options: EBFTOptions) -> EBFTOptions:
@@ -42,7 +39,6 @@ def agreed_options(model: nn.Module, tokenizer: Any, options: EBFTOptions) -> EB
     known = rows if vocabulary is None else min(rows, vocabulary)
     if max(ends, default=0) >= known:
         raise ValueError(f"eos_token_ids: expected token ids below {known}, which can be sampled, got {ends}")
-    logger.info("rollouts end with the tokens %s", ends or "(none)")
     return replace(options_of(options), vocabulary=vocabulary, eos_token_ids=ends)
 
 
@@ -65,9 +61,10 @@ def _vocabulary(rows: int, tokenizer: Any, options: EBFTOptions) -> int | None:
         return None
     # Not their number: ids may be left out in the middle.
     tokens = 1 + max(tokenizer.get_vocab().values(), default=rows - 1)
-    if tokens >= rows:
-        return None
-    logger.info(
-        "%d rows of the head, from id %d on, have no token: they are neither sampled nor scored", rows - tokens, tokens
-    )
-    return tokens
+    return None if tokens >= rows else tokens
+
+
+def masked_token_ids(model: nn.Module, options: EBFTOptions) -> int:
+    """How many rows of the head `agreed_options` leave out."""
+    rows = output_head(model).weight.shape[0]
+    return 0 if options.vocabulary is None else rows - options.vocabulary

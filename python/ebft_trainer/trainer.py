@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.trainer_utils import has_length, speed_metrics
 from ebft_kernels.integrations._models import facts
 from ebft_kernels.integrations.transformers import check_length, check_model, output_head, router_losses
 
+from ._quiet import without_messages
 from .calibration import BINS, calibration_error, calibration_sums
 from .checkpoint import check_writable
 from .config import EBFTConfig
@@ -32,8 +34,13 @@ from .recovery import RecoveringTrainer
 from .rollout import evaluation_mode
 from .scoring import loss_weights
 from .step import EBFTStep, ebft_step
-from .tokens import agreed_options
+from .tokens import agreed_options, masked_token_ids
 from .verifiers import Verifier, load_verifier
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that an evaluation may go on for after its first batch without a word.
+LONG_EVALUATION = 30.0
 
 
 class EBFTTrainer(RecoveringTrainer):
@@ -116,7 +123,8 @@ class EBFTTrainer(RecoveringTrainer):
                 f"args: expected one device per process, got {args.n_gpu}; start with torchrun or accelerate"
             )
         # Without the autocast of an earlier trainer, which would round the logits that the two checks compare.
-        model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
+        with without_messages():
+            model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
                 "model: expected whole weights, got some that ZeRO-3 has spread over the ranks already; load the model "
@@ -132,6 +140,9 @@ class EBFTTrainer(RecoveringTrainer):
             check_model(model).require()
         output_head(model)
         self.options = agreed_options(model, processing_class, args)
+        # Of the first log line.
+        self._once = {"masked_token_ids": masked} if (masked := masked_token_ids(model, self.options)) else {}
+        self._said = False
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None)
             data_collator = EBFTCollator(
@@ -233,6 +244,7 @@ class EBFTTrainer(RecoveringTrainer):
         layout = inputs["layout"]
         if not layout.num_valid:
             raise ValueError("layout: expected at least one valid anchor in the batch, got none")
+        self._say_what_holds()
         if self._length_to_check is not None:
             lengths = self.accelerator.gather(torch.tensor([layout.length], device=self.args.device))
             self._check_length(int(lengths.max()))
@@ -279,7 +291,8 @@ class EBFTTrainer(RecoveringTrainer):
         ``loss`` is the mean over the steps that were taken, NaN if all were skipped.
         """
         if "loss" in logs:
-            logs = {**logs, **self._metrics.means(self.accelerator), **self._weights_moved.take()}
+            logs = {**logs, **self._metrics.means(self.accelerator), **self._weights_moved.take(), **self._once}
+            self._once = {}
             self._metrics = MetricSums()
         super().log(logs, start_time)
 
@@ -313,6 +326,9 @@ class EBFTTrainer(RecoveringTrainer):
         started = time.perf_counter()
         wall_clock = time.time()
         rows = _chosen_rows(len(dataset), self.args.eval_rows, self.args.eval_seed)
+        self._say_what_holds()
+        if self.is_world_process_zero():
+            logger.info("evaluation: %d of %d rows (eval_rows)", len(rows), len(dataset))
         sums = self._evaluation_sums(dataset, rows)
         metrics = evaluation_metrics(sums[: -3 * BINS], self.args.horizon)
         metrics["calibration_error"] = calibration_error(sums[-3 * BINS :])
@@ -334,6 +350,7 @@ class EBFTTrainer(RecoveringTrainer):
         # The model is not prepared for evaluation alone: accelerate would take it for prepared when training starts.
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self.accelerator._models:
             raise ValueError("evaluate: with FSDP or DeepSpeed it runs from training only; set eval_on_start=True")
+        started = time.perf_counter()
         with evaluation_mode(self.model_wrapped), self.accelerator.autocast():
             for number in mine:
                 batch = self.data_collator([dataset[i] for i in batches[number % len(batches)]])
@@ -357,7 +374,28 @@ class EBFTTrainer(RecoveringTrainer):
                 result = torch.cat([result, calibration])
                 sums.append(result if number < len(batches) else torch.zeros_like(result))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                if len(sums) == 1:
+                    self._say_duration(len(rows), len(mine), time.perf_counter() - started)
         return self.accelerator.reduce(torch.stack(sums).cpu().double().sum(0).to(self.args.device))
+
+    def _say_what_holds(self) -> None:
+        """Once, before anything is computed: what model and tokenizer were found to agree on."""
+        if self._said or not self.is_world_process_zero():
+            return
+        self._said = True
+        logger.info("rollouts end with the tokens %s", self.options.eos_token_ids or "(none)")
+        if masked := self._once.get("masked_token_ids"):
+            first = self.options.vocabulary
+            logger.info("%d rows of the head, from id %d on, are neither sampled nor scored", masked, first)
+
+    def _say_duration(self, rows: int, batches: int, first: float) -> None:
+        """After the first batch, if there is a wait to come."""
+        if self.is_world_process_zero() and first * (batches - 1) >= LONG_EVALUATION:
+            logger.warning(
+                "evaluation: %d rows in %d batches of %.0f seconds, about %.1f minutes in all; eval_rows (--eval-rows) "
+                "makes it shorter",
+                *(rows, batches, first, first * batches / 60),
+            )
 
     def _generator(self, seed: int, *parts: str | int) -> torch.Generator:
         key = (seed, *parts) if parts[0] == "eval" else (seed, *parts, self.args.process_index)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -39,7 +41,8 @@ def test_an_objective_is_a_choice_of_defaults(given, expected, tmp_path):
         assert options_of(options) == EBFTOptions(**vars(EBFTOptions(**given)))
 
 
-def test_the_config_adds_fields_to_training_arguments_and_changes_four_defaults(tmp_path):
+def test_the_config_adds_fields_to_training_arguments_and_changes_five_defaults(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)
     config, plain = EBFTConfig(output_dir=str(tmp_path)), TrainingArguments(output_dir=str(tmp_path))
     added = {f.name for f in fields(EBFTConfig)} - {f.name for f in fields(TrainingArguments)}
     assert added == {f.name for f in fields(EBFTOptions)} | {
@@ -48,9 +51,20 @@ def test_the_config_adds_fields_to_training_arguments_and_changes_four_defaults(
     }
     changed = {f.name for f in fields(plain) if getattr(config, f.name) != getattr(plain, f.name)}
     changed -= {"logging_dir", "accelerator_config"}
-    assert changed == {"learning_rate", "remove_unused_columns", "logging_steps", "logging_nan_inf_filter"}
+    rare = {"logging_nan_inf_filter", "disable_tqdm"}
+    assert changed == {"learning_rate", "remove_unused_columns", "logging_steps"} | rare
     assert config.learning_rate == 1e-6
     assert config.accelerator_config.dispatch_batches is False
+
+
+def test_progress_bars_are_for_terminals(tmp_path, monkeypatch):
+    """A bar that is drawn anew would be a line for every refresh in a file."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)
+    for shown in (True, False):
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(f"sys.{stream}", SimpleNamespace(isatty=lambda shown=shown: shown))
+        assert EBFTConfig(output_dir=str(tmp_path)).disable_tqdm is not shown
+        assert EBFTConfig(output_dir=str(tmp_path), disable_tqdm=False).disable_tqdm is False
 
 
 def test_every_added_field_has_a_help_text():

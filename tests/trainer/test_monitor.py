@@ -58,13 +58,14 @@ def test_the_page_names_every_metric_and_no_other(trainer, tmp_path):
     run = trainer(**every_term(), grad_norm_terms=True, eos_token_ids=[3])
     run.evaluate()
     run.train()
-    of_experts = {"loss/router", "grad_norm/router"}  # see test_router_loss.py
+    # See test_router_loss.py and test_tokens.py.
+    of_other_models = {"loss/router", "grad_norm/router", "masked_token_ids"}
     logged = {name for line in read_log(tmp_path / "log.jsonl") for name in line}
     logged = {re.sub(r"_h\d+$", "_hG", name) for name in logged} - {"step"}
     tables = re.findall(r"^\| (`.*?) \|", DOCUMENT.read_text(encoding="utf-8").split("## Training metrics")[1], re.M)
     named = re.findall(r"`(.+?)`", " ".join(tables))
     assert len(named) == len(set(named))
-    assert set(named) == logged | of_experts
+    assert set(named) == logged | of_other_models
 
 
 def test_the_log_file_is_what_the_trainer_logs(trainer, tmp_path):

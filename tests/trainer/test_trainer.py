@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -450,6 +451,21 @@ def test_evaluation_does_not_depend_on_the_batch_size_but_for_the_rollouts(plain
     together, one_by_one = evaluate(), evaluate(per_device_eval_batch_size=1)
     for name in ("eval_cross_entropy", "eval_feature_matching_loss_h2", "eval_alignment"):
         assert together[name] == pytest.approx(one_by_one[name], rel=1e-4)
+
+
+def test_a_long_evaluation_says_how_long_and_what_makes_it_shorter(plain, config, caplog, monkeypatch):
+    trainer = EBFTTrainer(plain.build(), config(per_device_eval_batch_size=2), eval_dataset=ROWS[:6])
+    with caplog.at_level("INFO", logger="ebft_trainer.trainer"):
+        trainer.evaluate()
+        assert caplog.messages == ["rollouts end with the tokens (none)", "evaluation: 6 of 6 rows (eval_rows)"]
+        monkeypatch.setattr("ebft_trainer.trainer.LONG_EVALUATION", 0.0)
+        trainer.evaluate()
+    assert re.fullmatch(
+        r"evaluation: 6 rows in 3 batches of 0 seconds, about 0\.\d minutes in all; eval_rows \(--eval-rows\) makes it "
+        "shorter",
+        caplog.messages[-1],
+    )
+    assert len(caplog.messages) == 4
 
 
 def test_evaluation_during_training_is_logged_and_changes_no_step(plain, config):
