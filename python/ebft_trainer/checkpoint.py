@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .results import read_json_object
@@ -44,6 +46,16 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
         ) from error
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says which file could not be written, and how much room there is."""
+    try:
+        yield
+    except OSError as error:
+        room = f"{shutil.disk_usage(path.parent).free / 1e9:.3g} GB free" if path.parent.is_dir() else "no such folder"
+        raise CheckpointError(f"output: cannot write {str(path)!r}: {error.strerror} ({room})") from error
+
+
 def start_unfinished(run: Path) -> None:
     """An empty folder for what is about to be written; an earlier attempt that was interrupted is deleted.
 
@@ -58,10 +70,12 @@ def discard_unfinished(run: Path) -> None:
     shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 
-def publish(run: Path, name: str) -> None:
+def publish(run: Path, name: str, *, manifest: bool = True) -> None:
     """Turn the finished ``_unfinished/<name>`` into ``<name>``, in the place of an earlier one if need be."""
     finished = run / UNFINISHED / name
-    _write_manifest(finished)
+    if manifest:
+        _write_manifest(finished)
+    _flush_all(finished)
     _retire(run / name)
     finished.rename(run / name)
     _flush(run)
@@ -142,8 +156,10 @@ def _write_manifest(folder: Path) -> None:
     files = {path.relative_to(folder).as_posix(): (path.stat().st_size, _digest(path)) for path in paths}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    folders = {path.parent for path in paths} | {folder, folder.parent}
-    for path in (*paths, manifest, *folders):
+
+
+def _flush_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder, folder.parent):
         _flush(path)
 
 

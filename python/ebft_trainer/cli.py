@@ -5,48 +5,67 @@ from __future__ import annotations
 import argparse
 import atexit
 import importlib.metadata
-import json
 import logging
 import math
 import platform
-import shutil
 import sys
 import tempfile
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
 import ebft_kernels
 
 from . import demo
-from .checkpoint import CheckpointError
+from .checkpoint import (
+    UNFINISHED,
+    CheckpointError,
+    check_whole,
+    discard_unfinished,
+    publish,
+    start_unfinished,
+)
 from .cli_data import (
     ROW_OPTIONS,
     add_data_options,
     add_training_data_options,
-    chat_template_of,
     check_training_data_options,
     rows_of,
     source_of,
     train_and_eval_rows,
 )
+from .cli_model import load_model, model_and_tokenizer, with_adapters
 from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_arguments, options_of
 from .corpus import stdlib_sources
 from .feature_maps import build_feature_map
 from .monitor import LOG_FILE, JsonlLog
 from .plan import PLAN_OPTIONS, add_plan_arguments, prepare_plan
 from .plots import table, write_json
+from .recovery import Stopped, stop_on_signals, what_is_left
 from .report import add_report_arguments, prepare_report
-from .results import MODEL_FOLDER, RESULT_FILE, RUN_FILE
+from .results import MODEL_FOLDER, RESULT_FILE, RUN_FILE, read_json_object
+from .run_folder import (
+    FolderInUse,
+    check_nothing_inside,
+    check_output,
+    check_owned,
+    check_same_run,
+    delete_run,
+    fingerprint,
+    left_as_it_was,
+    model_files,
+    owned,
+)
 from .trainer import EBFTTrainer
+from .verifiers import TextVerifier, VerifierError
 
 # The training arguments that have an option of their own, and its type; everything else is for scripts.
 _TRAINING: dict[str, type] = {
@@ -75,6 +94,9 @@ _EVALUATION: dict[str, type] = {"per_device_eval_batch_size": int, "eval_rows": 
 
 _NO_RESULT = {"eval_loss", "eval_runtime", "eval_samples_per_second"}
 
+#: Exit codes: wrong input; it broke on the way; a signal stopped it and the state is saved (EX_TEMPFAIL: try again).
+BAD_INPUT, BROKEN, STOPPED, INTERRUPTED = 2, 1, 75, 130
+
 # A command checks everything first (and raises ValueError or OSError); what it returns does the work.
 Work = Callable[[], None]
 
@@ -87,7 +109,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Bad input ends the process with exit code 2 and one line, before any work.
 
-    A run that cannot go on (full disk, damaged checkpoint, numbers that are not finite) ends with code 1 and one line.
+    A run that cannot go on (full disk, a verifier that fails, numbers that are not finite) ends with code 1 and one
+    line; one that SIGTERM or Ctrl-C stopped, with code 75 and one line.
     """
     arguments = _parser().parse_args(argv)
     atexit.register(_leave_ranks)
@@ -95,15 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         disable_progress_bar()
     with _log_on_stderr():
         try:
-            work = arguments.prepare(arguments)
-        except (ValueError, TypeError, OSError) as error:
-            print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(2) from None
-        try:
-            work()
-        except (CheckpointError, FloatingPointError) as error:
-            print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(1) from None
+            work = _ending(BAD_INPUT, (ValueError, TypeError, OSError), lambda: arguments.prepare(arguments))
+            _ending(BROKEN, (OSError, FloatingPointError, VerifierError), work)
+        except KeyboardInterrupt:
+            print("ebft-train: interrupted", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
 
 
 @contextmanager
@@ -121,6 +140,15 @@ def _log_on_stderr() -> Iterator[None]:
         log.setLevel(level)
 
 
+def _ending(code: int, expected: tuple[type[Exception], ...], work: Callable[[], Any]) -> Any:
+    """What ``work`` returns; an ``expected`` error is one line and ends the process."""
+    try:
+        return work()
+    except expected as error:
+        print(f"ebft-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT if isinstance(error, FolderInUse) else code) from None
+
+
 def _leave_ranks() -> None:
     """Close what connects this rank with others before the interpreter goes: a rank whose peer left first may abort."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -134,8 +162,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_inputs(train)
     train.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run; new or empty")
     existing = train.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run in --output")
+    existing.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        choices=("auto",),
+        help="go on from the last checkpoint of the run in --output; auto: start where there is none yet",
+    )
     existing.add_argument("--overwrite", action="store_true", help="delete the run that is in --output first")
+    train.add_argument(
+        "--allow-changes", action="store_true", help="resume also where data, options or model are not those of before"
+    )
     add_training_data_options(train)
     train.add_argument(
         "--eval-steps", type=int, metavar="N", help="also evaluate every N steps; default: start and end"
@@ -150,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--feature-model",
         metavar="DIR_OR_NAME",
-        help="model whose features are compared; default: the one that --model was trained from, else --model itself",
+        help="model whose features are compared; default: the one that --model was trained from, as its run recorded "
+        "(it is named before it is loaded), else --model itself",
     )
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers to this JSON file")
     _add_options(evaluate, _EVALUATION | {"bf16": bool})
@@ -214,18 +253,26 @@ def _add_option(group: argparse._ArgumentGroup, option: Field[Any], kind: Any) -
     common: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": text}
     if kind is bool:
         group.add_argument(flag, action="store_true", **common)
+    elif kind is float:
+        group.add_argument(flag, type=_finite, metavar="X", **common)
     elif kind == list[float]:
         group.add_argument(flag, type=_layer, nargs="+", metavar="X", **common)
     elif kind == list[int]:
         group.add_argument(flag, type=int, nargs="*", metavar="N", **common)
     else:
         choices = option.metadata.get("choices") if kind is str else None
-        metavar = None if choices else {int: "N", float: "X", str: "NAME"}[kind]
+        metavar = None if choices else {int: "N", str: "NAME"}[kind]
         group.add_argument(flag, type=kind, choices=choices, metavar=metavar, **common)
 
 
 def _layer(text: str) -> int | float:
     return float(text) if "." in text else int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
+    return value
 
 
 def _config(arguments: argparse.Namespace, output: Path | str, **others: Any) -> EBFTConfig:
@@ -234,117 +281,137 @@ def _config(arguments: argparse.Namespace, output: Path | str, **others: Any) ->
     return EBFTConfig(output_dir=str(output), **device_arguments(), **(given | others))
 
 
-def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or hub name.
-
-    Raises:
-        ValueError: there is none, or it is not a causal language model; the message names the argument.
-    """
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"model: expected a model folder or hub name, got {name!r}, which does not exist")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        expected = "files such as tokenizer.json beside the weights"
-        raise ValueError(f"model: no tokenizer can be loaded from {name!r}, expected {expected}: {error}") from None
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)), tokenizer
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"model: cannot load {name!r}: {error}") from None
-
-
-def _model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    template = chat_template_of(arguments)
-    model, tokenizer = load_model(arguments.model, arguments.dtype)
-    if template is not None:
-        tokenizer.chat_template = template
-    return model, tokenizer
-
-
-def with_adapters(model: Any, rank: int | None, alpha: float | None = None) -> Any:
-    """A PEFT model with LoRA adapters on every linear layer but the head.
-
-    Raises:
-        ValueError: a rank below 1 or none, an alpha that is not above 0, or peft is not installed.
-    """
-    if rank is None or rank < 1:
-        raise ValueError(f"lora_rank: expected at least 1, got {rank}")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"lora_alpha: expected a number above 0, got {alpha}")
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise ValueError("lora_rank: needs the package peft, which is not installed") from None
-    alpha = 2 * rank if alpha is None else alpha
-    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
-
-
 def prepare_train(arguments: argparse.Namespace) -> Work:
     """Check options, output folder, data and model; the returned function trains."""
-    output = arguments.output
-    checkpoint = _check_output(output, resume=arguments.resume, overwrite=arguments.overwrite)
+    output, existing = arguments.output, {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    checkpoint = check_output(output, **existing)
+    if arguments.allow_changes and not arguments.resume:
+        raise ValueError("allow_changes: expected --resume with it, got none")
+    if checkpoint is None:
+        inputs = {"--data": arguments.data, "--eval-data": arguments.eval_data or [], "--model": [arguments.model]}
+        check_nothing_inside(output, inputs | {"--chat-template": [arguments.chat_template]})
     evaluation = {} if arguments.eval_steps is None else {"eval_strategy": "steps", "eval_steps": arguments.eval_steps}
     config = _config(arguments, output, **evaluation)
     check_training_data_options(arguments, config)
-    run = {
+    documents = source_of(arguments, arguments.data)
+    documents = documents if arguments.stream else list(documents)
+    held_out = list(source_of(arguments, arguments.eval_data)) if arguments.eval_data else None
+    run = _run_record(arguments, config)
+    if checkpoint is not None:
+        for difference in check_same_run(output, run, allowed=arguments.allow_changes):
+            print(f"ebft-train: warning: {difference}", file=sys.stderr)
+        if config.local_process_index == 0:
+            checkpoint = check_whole(checkpoint)
+    model, tokenizer = model_and_tokenizer(arguments)
+    if arguments.lora_rank is not None or arguments.lora_alpha is not None:
+        model = with_adapters(model, arguments.lora_rank, arguments.lora_alpha)
+    train_rows, eval_rows = train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
+    with left_as_it_was(output):
+        trainer = EBFTTrainer(
+            model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
+        )
+        known = eval_rows or ([] if arguments.stream else train_rows)
+        if isinstance(trainer.verifier, TextVerifier) and known:
+            _try_verifier(trainer, known[0])
+    trainer.add_callback(JsonlLog(output / LOG_FILE))
+    # From inside the training, where the model is wrapped for several processes.
+    config.eval_on_start = bool(eval_rows) and checkpoint is None
+
+    def work() -> None:
+        main = trainer.is_world_process_zero()
+        if main:
+            output.mkdir(parents=True, exist_ok=True)
+        with owned(output) if main else nullcontext(), stop_on_signals(trainer) as came:
+            if main:
+                _begin(output, existing, checkpoint, run)
+            trainer.accelerator.wait_for_everyone()
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+                if trainer.stopped:
+                    raise Stopped(came[0] if came else "a signal to another process")
+                _finish(trainer, output)
+            except Stopped as stopped:
+                if main:
+                    last = get_last_checkpoint(str(output))
+                    then = f"saved as {last}; --resume goes on from there" if last else "before the first checkpoint"
+                    print(f"ebft-train: stopped by {stopped}; {then}", file=sys.stderr)
+                raise SystemExit(STOPPED) from None
+
+    return work
+
+
+def _run_record(arguments: argparse.Namespace, config: EBFTConfig) -> dict[str, Any]:
+    """What a run is started with: what it must agree in with one that it resumes, and versions."""
+    contents = {}
+    for option, names in (("data", arguments.data), ("eval_data", arguments.eval_data or [])):
+        files = {name: source_of(arguments, [name]).files_of(name) for name in names}
+        contents[option] = {name: fingerprint(paths) for name, paths in files.items() if paths}
+    others = {"model": model_files(arguments.model), "chat_template": [Path(x) for x in [arguments.chat_template] if x]}
+    return {
         "model": arguments.model,
         "data": arguments.data,
+        "contents": contents | {name: fingerprint(files) for name, files in others.items() if files},
         "options": vars(options_of(config)),
         "rows": {name: getattr(arguments, name) for name in (*ROW_OPTIONS, "dtype")},
         "training": {name: value for name, value in config.to_dict().items() if name in _TRAINING},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
         "lora": None if arguments.lora_rank is None else {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha},
+        "processes": config.world_size,
         "versions": _versions(),
     }
-    if arguments.resume:
-        _check_same_run(output, run)
-    documents = source_of(arguments, arguments.data)
-    documents = documents if arguments.stream else list(documents)
-    held_out = list(source_of(arguments, arguments.eval_data)) if arguments.eval_data else None
-    model, tokenizer = _model_and_tokenizer(arguments)
-    if arguments.lora_rank is not None or arguments.lora_alpha is not None:
-        model = with_adapters(model, arguments.lora_rank, arguments.lora_alpha)
-    train_rows, eval_rows = train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
-    trainer = EBFTTrainer(
-        model, config, train_dataset=train_rows, eval_dataset=eval_rows or None, processing_class=tokenizer
-    )
-    trainer.add_callback(JsonlLog(output / LOG_FILE))
 
-    def work() -> None:
-        with trainer.accelerator.main_process_first():
-            if arguments.overwrite and trainer.is_world_process_zero():
-                shutil.rmtree(output, ignore_errors=True)
-        if trainer.is_world_process_zero():
-            write_json(output / RUN_FILE, run)
-        results = {}
-        # From inside the training, where the model is wrapped for several processes.
-        config.eval_on_start = bool(eval_rows) and checkpoint is None
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if config.eval_on_start:
-            results["before"] = next(line for line in trainer.state.log_history if "eval_loss" in line)
-        if eval_rows:
-            results["after"] = trainer.evaluate()
-        _save_model(trainer, output / MODEL_FOLDER)
-        if trainer.is_world_process_zero():
-            write_json(output / RESULT_FILE, {**results, "log": trainer.state.log_history})
-            if results:
-                print(_evaluation_table(results))
-            print(f"model: {output / MODEL_FOLDER}")
 
-    return work
+def _begin(output: Path, existing: dict[str, Any], checkpoint: str | None, run: dict[str, Any]) -> None:
+    """Make the folder that of this run, now that no other process writes to it."""
+    try:
+        unchanged = check_output(output, **existing) == checkpoint
+    except ValueError as error:
+        raise FolderInUse(f"{error} (another process wrote to it meanwhile)") from None
+    if not unchanged:
+        raise FolderInUse(f"output: another process wrote to {str(output)!r} meanwhile; start again")
+    if checkpoint is None:
+        delete_run(output)
+    write_json(output / RUN_FILE, run)
+
+
+def _finish(trainer: EBFTTrainer, output: Path) -> None:
+    """Evaluate what was trained, and write the model and the results."""
+    results = {}
+    if trainer.args.eval_on_start:
+        results["before"] = next(line for line in trainer.state.log_history if "eval_loss" in line)
+    if trainer.eval_dataset is not None:
+        results["after"] = trainer.evaluate()
+    _save_model(trainer, output)
+    if trainer.is_world_process_zero():
+        write_json(output / RESULT_FILE, {**results, "log": trainer.state.log_history})
+        if results:
+            print(_evaluation_table(results))
+        print(f"model: {output / MODEL_FOLDER}")
+
+
+def _try_verifier(trainer: EBFTTrainer, row: Any) -> None:
+    """Ask the verifier once for the reward of the real text, before anything is written.
+
+    Raises:
+        VerifierError: it fails.
+    """
+    batch = trainer.data_collator([row])
+    layout = batch["layout"]
+    windows = layout.windows(batch["input_ids"])[:, :, None].expand(-1, -1, layout.samples, -1)
+    trainer.verifier(batch["input_ids"], windows, layout, token_mask=batch.get("completion_mask"))
 
 
 def prepare_evaluate(arguments: argparse.Namespace) -> Work:
     """Check options, data and models; the returned function measures and prints."""
     if arguments.output is not None and arguments.output.exists():
         raise ValueError(f"output: expected a new file, got {str(arguments.output)!r}, which exists")
+    recorded = None if arguments.feature_model else _recorded_model(Path(arguments.model))
     folder = tempfile.TemporaryDirectory()  # The trainer wants one; nothing is kept in it.
     config = _config(arguments, folder.name, report_to="none")
     documents = list(source_of(arguments, arguments.data))
-    model, tokenizer = _model_and_tokenizer(arguments)
+    model, tokenizer = model_and_tokenizer(arguments)
     rows = rows_of(arguments, config, tokenizer, documents)
-    source = arguments.feature_model or _recorded_model(Path(arguments.model)) or arguments.model
+    source = arguments.feature_model or recorded or arguments.model
     feature_model = model if source == arguments.model else load_model(source, arguments.dtype)[0]
     network = build_feature_map(feature_model, tokenizer, config)
     trainer = EBFTTrainer(model, config, eval_dataset=rows, feature_network=network, processing_class=tokenizer)
@@ -362,7 +429,7 @@ def prepare_evaluate(arguments: argparse.Namespace) -> Work:
 
 def prepare_demo(arguments: argparse.Namespace) -> Work:
     """Check the output folder and that there is text; the returned function runs the demo."""
-    _check_output(arguments.output, overwrite=arguments.overwrite, marker=demo.RESULT_FILE)
+    check_output(arguments.output, overwrite=arguments.overwrite, marker=demo.RESULT_FILE)
     settings = demo.Settings(seed=arguments.seed, steps=arguments.steps)
     train, held_out = stdlib_sources("train"), stdlib_sources("held_out")
     return lambda: demo.run(arguments.output, settings, train, held_out)
@@ -396,48 +463,38 @@ def _versions() -> dict[str, str]:
     return out
 
 
-def _check_output(output: Path, *, resume: bool = False, overwrite: bool = False, marker: str = RUN_FILE) -> str | None:
-    """The checkpoint to go on from. Raises ValueError if the folder may not be written to."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: expected a folder, got the file {str(output)!r}")
-    used, is_run = output.is_dir() and any(output.iterdir()), (output / marker).is_file()
-    if resume:
-        checkpoint = get_last_checkpoint(str(output)) if is_run else None
-        if checkpoint is None:
-            raise ValueError(f"output: expected a run with a checkpoint to resume, got {str(output)!r} without one")
-        return checkpoint
-    if used and overwrite and not is_run:
-        raise ValueError(f"output: {str(output)!r} holds files but no {marker}: not a run of this command, not deleted")
-    if used and not overwrite:
-        hint = "--resume or --overwrite it" if marker == RUN_FILE else "--overwrite it"
-        raise ValueError(f"output: {str(output)!r} is not empty; {hint if is_run else 'choose another folder'}")
-    return None
-
-
-def _check_same_run(output: Path, run: dict[str, Any]) -> None:
-    recorded = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
-    for name in ("model", "data", "options", "rows", "seeds", "lora"):
-        expected, got = recorded.get(name), json.loads(json.dumps(run[name]))
-        if expected != got:
-            raise ValueError(f"{name}: to resume expected what the run was started with, {expected}; got {got}")
-
-
 def _recorded_model(model: Path) -> str | None:
-    """What a run of `ebft-train train` that wrote the folder ``model`` started from."""
+    """What a run of `ebft-train train` that wrote the folder ``model`` started from, if that is recorded beside it.
+
+    Raises:
+        ValueError: there is a record that cannot be read.
+    """
     run = model.parent / RUN_FILE
-    return json.loads(run.read_text(encoding="utf-8"))["model"] if model.is_dir() and run.is_file() else None
+    if not (model.is_dir() and run.is_file()):
+        return None
+    name = read_json_object(run).get("model")
+    if not isinstance(name, str):
+        raise ValueError(f"{run}: expected 'model' as a name, got {name!r} (--feature-model makes it needless)")
+    said = f"features of {name}, which {model} was trained from, says {run}"
+    print(f"{said}; --feature-model chooses another", flush=True)
+    return name
 
 
-def _save_model(trainer: EBFTTrainer, folder: Path) -> None:
-    """Model and tokenizer, under a temporary name until they are complete."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    if trainer.is_world_process_zero():
-        shutil.rmtree(temporary, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(temporary))
-    if trainer.is_world_process_zero():
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+def _save_model(trainer: EBFTTrainer, output: Path) -> None:
+    """Model and tokenizer, whole or not at all."""
+    main = trainer.is_world_process_zero()
+    try:
+        if main:
+            check_owned(output)
+            start_unfinished(output)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(output / UNFINISHED / MODEL_FOLDER))
+        if main:
+            publish(output, MODEL_FOLDER, manifest=False)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if main:
+            discard_unfinished(output)
+        raise CheckpointError(f"output: cannot write the final model to {what_is_left(output, error)}") from error
 
 
 def _evaluation_table(results: dict[str, dict[str, float]]) -> str:

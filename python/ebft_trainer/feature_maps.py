@@ -86,13 +86,18 @@ def build_feature_map(model: nn.Module, tokenizer: Any, options: EBFTOptions, *,
     ``share``: ``model`` is frozen and need not be copied (:class:`ebft_trainer.FeatureNetwork`).
 
     Raises:
-        ValueError: there is no such factory; a layer out of range.
+        ValueError: there is no such factory, or it raises; a layer out of range.
         TypeError: the factory gives nothing that can be called.
     """
     if options.feature_map is None:
         kind = {"pooling": options.pooling, "normalize": options.normalize}
         return FeatureNetwork(model, options.feature_layers, **kind, share=share)
-    features = load_object(options.feature_map, "feature_map")(model, tokenizer, options)
+    factory = load_object(options.feature_map, "feature_map")
+    try:
+        features = factory(model, tokenizer, options)
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(f"feature_map: expected {options.feature_map!r} to give a FeatureMap, got {got}") from error
     if not callable(features):
         raise TypeError(
             f"feature_map: expected {options.feature_map!r} to give a FeatureMap, got {type(features).__name__}"

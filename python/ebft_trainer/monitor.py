@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
+
+from .checkpoint import writing
+from .results import parse_json
 
 LOG_FILE = "log.jsonl"
 
@@ -24,6 +29,8 @@ NO_SPREAD = 1e-4
 FEW_MOVED = 0.5
 #: Of the rollouts that can be duplicates: all of an anchor but its first.
 MOSTLY_DUPLICATES = 0.9
+
+_LARGEST_STEP = 2**53
 
 _ADVICE = "raise temperature or diversity_coef, lower learning_rate, or go on from an earlier checkpoint"
 
@@ -127,7 +134,7 @@ class CollapseWarning(TrainerCallback):
 
 
 class JsonlLog(TrainerCallback):
-    """Writes everything that the trainer logs to a file, one JSON object per line, at once.
+    """Writes every number that the trainer logs to a file, one JSON object per line, at once.
 
     Each line has ``step``. A number that is not finite, which JSON does not know, becomes null. When a run is resumed,
     lines after the step that it goes on from, and half a line at the end, are cut off; a run that starts anew begins an
@@ -140,6 +147,7 @@ class JsonlLog(TrainerCallback):
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
         self._own_lines: list[str] = []  # of this process, before training begins
+        self._training = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Cut the file to what belongs to this run."""
@@ -147,47 +155,73 @@ class JsonlLog(TrainerCallback):
             return
         kept = self._own_lines
         if state.global_step:
-            kept = [json.dumps(line) for line in read_log(self._path) if line["step"] <= state.global_step]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (line for line in read_log(self._path) if line["step"] <= state.global_step)
+            kept = [json.dumps(line) for line in lines if "train_loss" not in line]  # which stands at a run's end
         temporary = self._path.with_name(self._path.name + ".tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self._path)
+        self._training = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
-        """Append the line."""
+        """Append the line: whole, or (CheckpointError) not at all."""
         if not state.is_world_process_zero or logs is None:
             return
-        line = json.dumps({"step": state.global_step, **{name: _finite(value) for name, value in logs.items()}})
-        if not state.global_step:
+        numbers = {name: _finite(value) for name, value in logs.items() if isinstance(value, (int, float))}
+        line = json.dumps({"step": state.global_step, **numbers})
+        if not self._training:
             self._own_lines.append(line)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        # A log that is deleted while the run goes on is not begun anew.
+        with writing(self._path), open(self._path, "r+b" if self._training else "ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(data := f"{line}\n".encode()) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(end)
+                raise
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a `JsonlLog`, without half a line at the end; none if there is no file.
 
     Raises:
-        ValueError: another line is not a JSON object with ``step``.
+        ValueError: another line is not a JSON object of numbers with ``step``; the message names file and line.
     """
     if not path.is_file():
         return []
     lines = []
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+    data = path.read_bytes()
+    for number, raw in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], 1):
         try:
-            parsed = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number}: expected a JSON object, got {line[:40]!r}: {error}") from None
-        if not isinstance(parsed, dict) or "step" not in parsed:
-            raise ValueError(f"{path}: line {number}: expected a JSON object with 'step', got {line[:40]!r}")
-        lines.append(parsed)
+            lines.append(log_line(parse_json(raw.decode("utf-8"))))
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number}: expected a JSON object of numbers, got {error}") from None
     return lines
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def log_line(line: Any) -> dict[str, float | None]:
+    """``line`` if it is what a trainer logs: a dict of numbers by name, None where one is not finite, with ``step``.
+
+    Raises:
+        ValueError: it is something else; the message says what.
+    """
+    if not isinstance(line, dict):
+        raise ValueError(type(line).__name__)
+    if type(line.get("step")) is not int or not 0 <= line["step"] <= _LARGEST_STEP:
+        raise ValueError(f"'step': {str(line.get('step'))[:40]!r}")
+    for name, value in line.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # An int may be too large for a float.
+        if value is not None and not (is_number and (isinstance(value, float) or abs(value) < sys.float_info.max)):
+            raise ValueError(f"{name[:40]!r}: {str(value)[:40]!r}")
+    return line
+
+
+def _finite(value: float) -> float | None:
+    return value + 0 if math.isfinite(value) else None  # `+ 0`: of a bool its number
 
 
 def gradient_norms(terms: dict[str, Tensor], parameters: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -346,7 +346,7 @@ def read_config(name: str) -> Any:
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             return AutoConfig.for_model(content.pop("model_type"), **content)
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model: expected a config of transformers, got {name!r}: {error}") from None
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import writing
+
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, numbers to the right."""
@@ -21,11 +23,17 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write under a temporary name, then rename: there is a whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write under a temporary name, then rename: there is a whole file or none. Raises CheckpointError if not."""
+    text = json.dumps(content, indent=1) + "\n"
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def plot_demo(results: dict[str, Any], path: Path) -> None:

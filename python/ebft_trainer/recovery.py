@@ -159,7 +159,7 @@ class RecoveringTrainer(Trainer):
             except (OSError, RuntimeError, SafetensorError) as error:
                 if self.args.should_save:
                     discard_unfinished(run)
-                raise CheckpointError(f"output_dir: cannot write {name} to {_what_is_left(run, error)}") from error
+                raise CheckpointError(f"output_dir: cannot write {name} to {what_is_left(run, error)}") from error
             finally:
                 self._saving = False
         self.accelerator.wait_for_everyone()
@@ -278,7 +278,7 @@ def stop_on_signals(trainer: RecoveringTrainer) -> Iterator[list[str]]:
             signal.signal(number, handler)
 
 
-def _what_is_left(run: Path, error: Exception) -> str:
+def what_is_left(run: Path, error: Exception) -> str:
     """How much room there is and what was saved before, in a folder that may be gone."""
     if not run.is_dir():
         return f"{str(run)!r}, which was deleted while the run was going on"

@@ -11,10 +11,12 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
 
 from .checkpoint import UNFINISHED, CheckpointError
 from .monitor import LOG_FILE
@@ -32,6 +34,7 @@ SIGN_OF_LIFE, DEAD_AFTER = 10.0, 60.0
 #: Files of this many bytes in all are read whole for a fingerprint; of more, as many blocks as make up so much.
 WHOLE, BLOCK = 2**30, 2**20
 
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 _WRITTEN = re.compile(rf"({RUN_FILE}|{RESULT_FILE}|{LOG_FILE}|{MODEL_FOLDER})(\.tmp)?|checkpoint-\d+|{UNFINISHED}")
 
 #: Training arguments in which a run may differ from the one that it resumes: how long, and what is told of it.
@@ -211,6 +214,50 @@ def _machine() -> str:
 # What is in it
 
 
+def check_output(
+    output: Path, *, resume: bool | str = False, overwrite: bool = False, marker: str = RUN_FILE
+) -> str | None:
+    """The checkpoint to go on from, None to start.
+
+    Args:
+        output: where a command is to write.
+        resume: False; True: there must be one; "auto": if there is one.
+        overwrite: whether results of the same command may be there.
+        marker: the file that tells them from anything else.
+
+    Raises:
+        ValueError: the folder may not be written to, or there is nothing to resume.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: expected a folder, got the file {str(output)!r}")
+    used, is_run = is_used(output), (output / marker).is_file()
+    if resume:
+        checkpoint = get_last_checkpoint(str(output)) if is_run else None
+        if checkpoint is not None:
+            return checkpoint
+        if resume != "auto":
+            raise ValueError(f"output: expected a run with a checkpoint to resume, got {str(output)!r} without one")
+    if used and (overwrite or resume) and not is_run:
+        raise ValueError(f"output: {str(output)!r} holds files but no {marker}: not a run of this command, not deleted")
+    if used and not (overwrite or resume):
+        hint = "--resume or --overwrite it" if marker == RUN_FILE else "--overwrite it"
+        raise ValueError(f"output: {str(output)!r} is not empty; {hint if is_run else 'choose another folder'}")
+    return None
+
+
+@contextmanager
+def left_as_it_was(folder: Path) -> Iterator[None]:
+    """A folder that is made within, and is still empty when an error comes, is taken away again."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def is_used(folder: Path) -> bool:
     """Whether the folder holds anything but what a start that was interrupted at once leaves."""
     return folder.is_dir() and any(path.name not in (LOCK_FILE, RUN_FILE + ".tmp") for path in folder.iterdir())
@@ -246,7 +293,7 @@ def check_nothing_inside(folder: Path, inputs: Mapping[str, Iterable[str | os.Pa
 # What the run was started with
 
 
-def fingerprint(files: Sequence[Path]) -> dict[str, Any]:
+def fingerprint(files: Sequence[Path]) -> str:
     """Number, size and a digest of files: of all they hold up to `WHOLE` bytes, of more a sample of it.
 
     A sample has every file's size and `WHOLE` / `BLOCK` blocks that stand at equal distances over all files put one
@@ -268,12 +315,12 @@ def fingerprint(files: Sequence[Path]) -> dict[str, Any]:
                     file.seek(max(start, 0))
                     digest.update(file.read(start + BLOCK - max(start, 0)))
         before += size
-    return {"files": len(files), "bytes": total, "digest": digest.hexdigest()}
+    return f"{len(files)} files, {total} bytes, blake2b {digest.hexdigest()}"
 
 
 def model_files(name: str) -> list[Path]:
-    """The files of a model's folder; none for a model on the hub."""
-    return sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
+    """What a model is loaded from; nothing for a model on the hub."""
+    return sorted(path for path in Path(name).glob("*") if path.suffix in _MODEL_FILES and path.is_file())
 
 
 def check_same_run(folder: Path, run: Mapping[str, Any], *, allowed: bool = False) -> list[str]:

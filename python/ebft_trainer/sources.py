@@ -151,11 +151,7 @@ class Source:
         path = Path(name)
         if not path.is_dir():
             return self._read_file(path)
-        if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-            raise ValueError(
-                f"data: expected one split, got {name!r} with {', '.join(splits)}: give {path / splits[0]}"
-            )
+        _refuse_splits(path)
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return self._data_set(name, _load_saved(name))
         return (document for file in self.files_of(name) for document in self._read_file(file))
@@ -171,6 +167,7 @@ class Source:
             return []
         if not path.is_dir():
             return [path]
+        _refuse_splits(path)
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return _files(path, ("",))
         extensions = EXTENSIONS if self.extensions is None else tuple(self.extensions)
@@ -264,6 +261,13 @@ def _files(folder: Path, extensions: Sequence[str]) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in names if name.endswith(tuple(extensions))]
     return sorted(found)
+
+
+def _refuse_splits(folder: Path) -> None:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        got = f"{str(folder)!r} with {', '.join(splits)}"
+        raise ValueError(f"data: expected one split, got {got}: give {folder / splits[0]}")
 
 
 def _text_documents(path: Path) -> Iterator[Document]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ebft_kernels import StridedLayout
+
+logger = logging.getLogger(__name__)
 
 # Tokens before an anchor that are decoded with what follows them: enough for any character that tokens share.
 _TAIL = 8
@@ -76,20 +79,31 @@ def anchor_texts(
 
 
 def load_object(name: str, what: str) -> Any:
-    """The object that ``module:attribute`` names; modules in the current folder are found too.
+    """The object that ``module:attribute`` names: imports the module, which runs it, and logs from which file.
+
+    Modules in the current folder are found too, but only by this import and those that it does at once: the folder is
+    on ``sys.path`` no longer than that.
 
     Raises:
-        ValueError: there is none; the message names ``what``, the argument.
+        ValueError: there is none, or the module cannot be imported; the message names ``what``, the argument.
     """
     module, _, attribute = name.partition(":")
     if not (module and attribute):
         raise ValueError(f"{what}: expected 'module:name', got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    here = os.getcwd()
+    sys.path.append(here)
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{what}: cannot load {name!r}: {error}") from error
+        imported = importlib.import_module(module)
+        found = getattr(imported, attribute)
+    except (Exception, SystemExit) as error:  # whatever a module does when it is run
+        reason = str(error) if isinstance(error, (ImportError, AttributeError)) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what}: cannot load {name!r}: {reason}") from error
+    finally:
+        sys.path.reverse()
+        sys.path.remove(here)  # the last one
+        sys.path.reverse()
+    logger.info("%s: %s is from %s", what, name, getattr(imported, "__file__", None) or "Python itself")
+    return found
 
 
 def _counted(tokens: list[int], mask: list[bool] | None) -> list[int]:

@@ -21,6 +21,10 @@ from .texts import anchor_texts, load_object
 Reward = Callable[[str, str, str], float]
 
 
+class VerifierError(ValueError):
+    """A verifier failed, or gave something that is no reward."""
+
+
 class Verifier(Protocol):
     """Anything that gives a reward to every rollout: called with prompt [B, P], rollouts [B, A, n, G] and layout.
 
@@ -68,7 +72,7 @@ class TextVerifier:
         """Rewards [B, A, n] float32 on the prompt's device; 0 where the anchor is not valid.
 
         Raises:
-            ValueError: the function returns something that is no finite number.
+            VerifierError: the function raises, or returns something that is no finite number.
         """
         rewards = torch.zeros(rollouts.shape[:3])
         masks = {"token_mask": token_mask, "rollout_mask": rollout_mask}
@@ -78,9 +82,13 @@ class TextVerifier:
         return rewards.to(prompt.device)
 
     def _reward(self, prompt: str, completion: str, target: str) -> float:
-        reward = self.reward(prompt, completion, target)
+        try:
+            reward = self.reward(prompt, completion, target)
+        except Exception as error:
+            got = f"{type(error).__name__}: {error}"
+            raise VerifierError(f"verifier: expected a number, got {got} for the completion {completion!r}") from error
         if not isinstance(reward, Real) or not math.isfinite(reward):
-            raise ValueError(f"verifier: expected a finite number, got {reward!r} for the completion {completion!r}")
+            raise VerifierError(f"verifier: expected a finite number, got {reward!r} for the completion {completion!r}")
         return float(reward)
 
 

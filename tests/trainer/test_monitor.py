@@ -14,6 +14,7 @@ import torch
 
 from ebft_kernels import StridedLayout
 from ebft_trainer.calibration import BINS, calibration_error, calibration_sums
+from ebft_trainer.checkpoint import CheckpointError
 from ebft_trainer.config import EBFTConfig
 from ebft_trainer.monitor import WINDOW, JsonlLog, gradient_norms, read_log, warnings_of
 from ebft_trainer.trainer import EBFTTrainer
@@ -116,11 +117,49 @@ def test_a_broken_log_is_refused(tmp_path):
     path = tmp_path / "log.jsonl"
     assert read_log(path) == []
     path.write_text('{"step": 1}\nnothing\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"log.jsonl: line 2: expected a JSON object, got 'nothing'"):
+    with pytest.raises(ValueError, match=r"log.jsonl: line 2: expected a JSON object of numbers, got 'nothing': Expec"):
         read_log(path)
-    path.write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"log.jsonl: line 1: expected a JSON object with 'step', got '\[1\]'"):
+    path.write_text('{"step": 1, "loss": NaN, "reward": null, "half')
+    assert read_log(path) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        (b"[1]", "list"),
+        (b"{}", "'step': 'None'"),
+        (b'{"step": true}', "'step': 'True'"),
+        (b'{"step": 1.5}', "'step': '1.5'"),
+        (b'{"step": -1}', "'step': '-1'"),
+        (b'{"step": "<script>"}', "'step': '<script>'"),
+        (b'{"step": 1, "loss": "<script>"}', "'loss': '<script>'"),
+        (b'{"step": 1, "loss": [2]}', r"'loss': '\[2\]'"),
+        (b'{"step": 1, "loss": true}', "'loss': 'True'"),
+        (b'{"step": 1, "loss": 1' + b"0" * 400 + b"}", "'loss': '1000"),
+        (b'{"step": 1, "loss": 1' + b"0" * 5000 + b"}", "Exceeds the limit"),
+        (b"[" * 100_000, r"'\[.*: too deeply nested"),
+        (b"\xff", "'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_whatever_is_no_line_of_a_log_is_refused(tmp_path, line, got):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    message = f"log.jsonl: line 2: expected a JSON object of numbers, got {got}"
+    with pytest.raises(ValueError, match=message) as raised:
         read_log(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_log_that_is_deleted_in_training_is_not_begun_anew(tmp_path):
+    log, path = JsonlLog(tmp_path / "log.jsonl"), tmp_path / "log.jsonl"
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    log.on_log(None, state, None, {"eval_loss": 1.0, "best": True, "note": "no number"})
+    log.on_train_begin(None, state, None)
+    assert path.read_text() == '{"step": 0, "eval_loss": 1.0, "best": 1}\n'
+    path.unlink()
+    with pytest.raises(CheckpointError, match="output: cannot write '.*log.jsonl': No such file or directory"):
+        log.on_log(None, state, None, {"loss": 1.0})
+    assert not path.exists()
 
 
 def lines(metric: str, *values: float | None) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import numpy as np
@@ -15,6 +16,7 @@ from ebft_trainer.texts import anchor_texts, load_object
 from ebft_trainer.verifiers import (
     VERIFIERS,
     TextVerifier,
+    VerifierError,
     char_f_score,
     exact_match,
     load_verifier,
@@ -141,6 +143,39 @@ def test_shipped_and_own_verifiers_are_found_by_name(byte_tokenizer, tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert load_verifier("my_rewards:length", byte_tokenizer).reward("", "abc", "") == 3
+
+
+def test_the_current_folder_is_on_the_path_for_one_import_only(tmp_path, monkeypatch, caplog):
+    (tmp_path / "beside_it.py").write_text("value = 4")
+    (tmp_path / "imports_it.py").write_text("import beside_it\nfound = beside_it.value")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    with caplog.at_level(logging.INFO):
+        assert load_object("imports_it:found", "verifier") == 4
+    assert f"verifier: imports_it:found is from {tmp_path / 'imports_it.py'}" in caplog.text
+    for name, content, reason in (
+        ("raises_at_once", "1 / 0", "ZeroDivisionError: division by zero"),
+        ("ends_at_once", "raise SystemExit(3)", "SystemExit: 3"),
+        ("is_no_python", "def", "SyntaxError: invalid syntax"),
+    ):
+        (tmp_path / f"{name}.py").write_text(content)
+        with pytest.raises(ValueError, match=f"feature_map: cannot load '{name}:f': {reason}"):
+            load_object(f"{name}:f", "feature_map")
+    assert sys.path == before
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *before])
+    load_object("math:pi", "verifier")
+    assert sys.path == [str(tmp_path), *before]
+
+
+@pytest.mark.parametrize("error", (ZeroDivisionError("no"), RecursionError("deep"), KeyError("x")))
+def test_a_reward_that_fails_says_for_which_completion(byte_tokenizer, error):
+    def fail(*_texts):
+        raise error
+
+    prompt, rollouts, layout, mask = packed(byte_tokenizer, "abcdef", ["x"], anchor=2, horizon=3)
+    message = f"verifier: expected a number, got {type(error).__name__}: .* for the completion 'x'"
+    with pytest.raises(VerifierError, match=message):
+        TextVerifier(fail, byte_tokenizer)(prompt, rollouts, layout, rollout_mask=mask)
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), None, "1", torch.tensor(1.0)))
