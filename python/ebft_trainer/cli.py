@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         "--eval-steps", type=int, metavar="N", help="also evaluate every N steps; default: start and end"
     )
     train.add_argument("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank, not the weights")
-    train.add_argument("--lora-alpha", type=float, metavar="X", help="scale of the adapters; default: twice the rank")
+    train.add_argument("--lora-alpha", type=_finite, metavar="X", help="scale of the adapters; default: twice the rank")
     _add_options(train, _TRAINING | _EVALUATION)
     train.set_defaults(prepare=prepare_train)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from transformers.utils import is_in_notebook
 
 from ebft_kernels.matching.api import ESTIMATORS, WHITENINGS
@@ -21,6 +21,17 @@ OBJECTIVES = {
     "sft": {"rl_coef": 0.0, "verifier_coef": 0.0, "ce_coef": 1.0},
     "rlvr": {"rl_coef": 0.0, "verifier_coef": 1.0, "ce_coef": 0.0},
 }
+#: Training arguments that transformers takes as they come, to fail in the middle or to read them as another number.
+_AT_LEAST = {
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "save_total_limit": 1,
+}
+_ABOVE_ZERO = ("logging_steps", "eval_steps", "save_steps")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_REFERENCES = ("start", "base")
 
@@ -149,6 +160,8 @@ def _check_int(name: str, value: Any, minimum: int) -> None:
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if value >= 2**31:
+        raise ValueError(f"{name}: expected less than 2^31, got {value}")
 
 
 def _check_number(name: str, value: Any, expected: str, accepts: Any) -> None:
@@ -225,6 +238,7 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
         if self.disable_tqdm is None and not _shows_bars():
             self.disable_tqdm = True
         TrainingArguments.__post_init__(self)
+        self._check_schedule()
         # Batches hold a StridedLayout, which one rank cannot broadcast to the others: each reads its own share.
         if self.accelerator_config.dispatch_batches is None:
             self.accelerator_config.dispatch_batches = False
@@ -237,6 +251,7 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
         _check_int("max_nonfinite_steps", self.max_nonfinite_steps, 1)
         _check_int("pad_to_multiple_of", self.pad_to_multiple_of, 1)
         _check_choice("kl_reference", self.kl_reference, KL_REFERENCES)
+        self._check_training_arguments()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True: completion_mask would be dropped")
         if self.label_smoothing_factor:
@@ -252,6 +267,34 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
             raise ValueError(
                 f"hub_strategy: expected end or every_save, got {self.hub_strategy}: a checkpoint is renamed when it "
                 "is complete, while transformers would still upload it"
+            )
+
+    def _check_schedule(self) -> None:
+        """By making one: that is when it says what it lacks."""
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        name = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        try:
+            get_scheduler(name, optimizer, 0, 1, self.lr_scheduler_kwargs or {})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"lr_scheduler_type: cannot make {name!r}: {error}") from None
+
+    def _check_training_arguments(self) -> None:
+        for name, value in ((x.name, getattr(self, x.name)) for x in fields(TrainingArguments)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value}")
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        for name in _ABOVE_ZERO:
+            value = getattr(self, name)
+            if value is not None and not float(value) > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps: expected at least 1, or -1 for whole epochs, got {self.max_steps}")
+        if self.max_steps < 1 and not self.num_train_epochs > 0:
+            raise ValueError(
+                f"num_train_epochs: expected a number above 0 without max_steps, got {self.num_train_epochs}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -155,3 +156,36 @@ def test_errors_of_the_method(options, error, message):
 def test_errors_of_the_config(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         EBFTConfig(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    (
+        ("learning_rate", math.nan, "a finite number"),
+        ("max_grad_norm", math.inf, "a finite number"),
+        ("adam_beta1", math.nan, "a finite number"),
+        ("learning_rate", -1.0, "at least 0"),
+        ("weight_decay", -0.1, "at least 0"),
+        ("max_grad_norm", -1.0, "at least 0"),
+        ("per_device_train_batch_size", 0, "at least 1"),
+        ("per_device_eval_batch_size", -1, "at least 1"),
+        ("gradient_accumulation_steps", 0, "at least 1"),
+        ("save_total_limit", 0, "at least 1"),
+        ("logging_steps", -1, "a number above 0"),
+        ("eval_steps", 0, "a number above 0"),
+        ("save_steps", 0, "a number above 0"),
+        ("max_steps", 0, "at least 1, or -1 for whole epochs"),
+        ("num_train_epochs", 0.0, "a number above 0 without max_steps"),
+        ("stride", 2**31, "less than 2\\^31"),
+    ),
+)
+def test_training_arguments_that_would_fail_later_are_refused(tmp_path, name, value, expected):
+    with pytest.raises(ValueError, match=f"{name}: expected {expected}, got {value}"):
+        EBFTConfig(output_dir=str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("name", ("cosine_with_min_lr", "warmup_stable_decay"))
+def test_a_schedule_that_cannot_be_made_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"lr_scheduler_type: cannot make '{name}': "):
+        EBFTConfig(output_dir=str(tmp_path), lr_scheduler_type=name)
+    EBFTConfig(output_dir=str(tmp_path), lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 0.1})
