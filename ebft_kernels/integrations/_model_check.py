@@ -150,6 +150,26 @@ def plain_logits(model: nn.Module, tokens: Tensor, layout: StridedLayout, known:
     return torch.cat(parts, 1)
 
 
+def drawn_in_train_mode(model: nn.Module, known: ModelFacts) -> str:
+    """What makes a forward in train mode another one than in eval mode; empty if nothing does."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return f"dropout ({name}, p={module.p})"
+    # Functions of torch.nn.functional, layers that are left out, noise on a router.
+    layout = probe_layout(base_model(model).get_input_embeddings().weight.device)
+    prompt = probe_tokens(model, layout)[:, : layout.length]
+    logits = []
+    selection = Selection(known.configs, "eager")
+    try:
+        with undisturbed(model):
+            for mode in (False, True):
+                model.train(mode)
+                logits.append(model(input_ids=prompt, use_cache=False).logits)
+    finally:
+        selection.undo()
+    return disagreement(*logits, layout.length // 2, "a forward in train mode") and "noise or dropout"
+
+
 def not_finite(model: nn.Module, plain: Tensor) -> str:
     """What to say about logits of ordinary forwards that are not all finite; empty if they are."""
     if plain.isfinite().all():

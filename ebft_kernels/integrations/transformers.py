@@ -42,6 +42,7 @@ __all__ = [
     "apply_head",
     "check_length",
     "check_model",
+    "check_train_mode",
     "decoder_layers",
     "hidden_states",
     "output_head",
@@ -309,6 +310,25 @@ def check_length(model: nn.Module, length: int) -> ModelSupport:
         if reason := _model_check.disagreement(*by_step, layout.num_anchors, what):
             return ModelSupport(False, reason, known.architecture)
     return ModelSupport(True, "", known.architecture)
+
+
+def check_train_mode(model: nn.Module) -> ModelSupport:
+    """Whether ``model`` computes the same in train mode as in eval mode, in which rollouts are sampled.
+
+    Where it draws something (dropout, layers that are left out, noise on a router) rollouts are scored by another model
+    than the one that wrote them: what is trained is no policy gradient, and the divergence of a model from itself is
+    not 0. Cross-entropy training does not mind.
+
+    Args:
+        model: as for :func:`strided_attention_context`; it is left as it was.
+
+    Raises:
+        TypeError: ``model`` holds no transformers model.
+    """
+    known = facts(model)
+    drawn = _model_check.drawn_in_train_mode(model, known)
+    reason = drawn and f"{drawn} would be drawn where rollouts are scored and not where they are sampled; set it to 0"
+    return ModelSupport(not drawn, reason, known.architecture)
 
 
 def _packed_tail_logits(model: nn.Module, tokens: Tensor, layout: StridedLayout) -> Tensor:

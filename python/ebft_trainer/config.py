@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -34,6 +34,19 @@ _AT_LEAST = {
 _ABOVE_ZERO = ("logging_steps", "eval_steps", "save_steps")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_REFERENCES = ("start", "base")
+
+_OWN_EVALUATION = "evaluation is the trainer's own, and in the precision that is trained in"
+#: Training arguments of transformers that would be accepted and not do what they say, and why.
+_WITHOUT_EFFECT = {
+    "auto_find_batch_size": "it starts anew from weights that are trained already, with fewer rows per step",
+    **dict.fromkeys(
+        (
+            *("batch_eval_metrics", "bf16_full_eval", "eval_accumulation_steps", "eval_do_concat_batches"),
+            *("eval_use_gather_object", "fp16_full_eval", "include_for_metrics", "label_names", "prediction_loss_only"),
+        ),
+        _OWN_EVALUATION,
+    ),
+}
 
 
 def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -240,8 +253,11 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
         TrainingArguments.__post_init__(self)
         self._check_schedule()
         # Batches hold a StridedLayout, which one rank cannot broadcast to the others: each reads its own share.
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: expected dispatch_batches False, got True: each rank reads its own rows"
+            )
+        self.accelerator_config.dispatch_batches = False
 
     def validate(self) -> None:
         """Check every option that this class or `EBFTOptions` adds or constrains."""
@@ -254,6 +270,12 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
         self._check_training_arguments()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True: completion_mask would be dropped")
+        for option in fields(TrainingArguments):
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            value = getattr(self, option.name)
+            if option.name in _WITHOUT_EFFECT and value != default:
+                why = _WITHOUT_EFFECT[option.name]
+                raise ValueError(f"{option.name}: expected {default!r}, got {value!r}: {why}")
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}: the loss has no labels"

@@ -72,7 +72,7 @@ class FeatureNetwork(nn.Module):
             normalised separately, else 1 (:func:`ebft_kernels.feature_matching`).
 
     Raises:
-        ValueError: no layers, a depth or number out of range, an unknown option.
+        ValueError: no layers, a depth or number out of range, an unknown option, adapters that are merged.
         TypeError: something that is no layer, or no model.
     """
 
@@ -97,6 +97,7 @@ class FeatureNetwork(nn.Module):
         model = _unwrapped(model)
         self._copy: nn.Module | None = None
         self._shared: tuple[nn.Module, ...] = ()
+        check_adapters(model)
         if share or has_adapters(model):
             # In a tuple, so that it is not a submodule: the policy's parameters are not this network's.
             self._shared = (model,)
@@ -272,6 +273,16 @@ def _copy_up_to(model: nn.Module, deepest: int) -> nn.Module:
 def has_adapters(model: nn.Module) -> bool:
     """Whether the model inside any wrapper has PEFT adapters."""
     return hasattr(_unwrapped(model), "peft_config")
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raise ValueError if adapters are merged into the weights: switching them off takes them out again, layer by layer
+    and for good, and merged ones are not trained."""
+    for name, module in model.named_modules():
+        if getattr(module, "merged_adapters", None):
+            raise ValueError(
+                f"model: expected adapters beside the weights, got {name!r} merged; call unmerge_adapter()"
+            )
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def ebft_step(
         ``eos_rate``: fraction of rollouts that ended, where there are tokens that end one.
         ``entropy``: mean of - log p_T of the sampled tokens, an unbiased estimate unless top-k or top-p is used.
         ``log_prob_gap``: mean absolute difference between a token's log-probability when it was sampled and in the
-            policy's forward: rounding, and dropout if there is any.
+            policy's forward: rounding, and what the model draws in train mode (dropout), which it should not.
         ``valid_anchors``: anchors that count; ``tokens``: of the packed rows, all included.
         ``seconds/rollout``, ``seconds/features``, ``seconds/matching``, ``seconds/verifier``, ``seconds/reference``,
             ``seconds/policy`` (forward and loss): the host's time, which on an accelerator is the time to submit the

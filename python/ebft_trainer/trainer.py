@@ -16,7 +16,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length, speed_metrics
 
 from ebft_kernels.integrations._models import facts
-from ebft_kernels.integrations.transformers import check_length, check_model, output_head, router_losses
+from ebft_kernels.integrations.transformers import (
+    check_length,
+    check_model,
+    check_train_mode,
+    output_head,
+    router_losses,
+)
 
 from ._quiet import without_messages
 from .calibration import BINS, calibration_error, calibration_sums
@@ -25,7 +31,7 @@ from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
 from .feature_maps import build_feature_map
-from .features import FeatureMap, FeatureNetwork, StartingAdapters, has_adapters
+from .features import FeatureMap, FeatureNetwork, StartingAdapters, check_adapters, has_adapters
 from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
 from .precision import WeightsMoved, check_dtypes
@@ -57,7 +63,8 @@ class EBFTTrainer(RecoveringTrainer):
     they are in: accumulating four batches of one row, or two ranks with two rows each, is the same as one batch of
     four, also where their numbers of anchors differ.
 
-    A step whose loss or gradient is not finite leaves the weights as they are. Such steps are counted in the log as
+    A step whose loss or gradient is not finite leaves the weights as they are, while the schedule of the learning rate,
+    which ends with the last step, goes on. Such steps are counted in the log as
     ``nonfinite_steps`` and are in no other number of it; after ``args.max_nonfinite_steps`` in a row the run saves its
     state and ends with an error. With fp16 the gradient scaler judges the gradients; under DeepSpeed, which cannot
     skip a step, a loss that is not finite ends the run at once.
@@ -136,8 +143,11 @@ class EBFTTrainer(RecoveringTrainer):
                 "PeftModel.from_pretrained(..., is_trainable=True)"
             )
         keep_gradients(model)
+        check_adapters(model)
         with router_losses(model):  # whose absence raises
             check_model(model).require()
+        if train_dataset is not None and (args.rl_coef or args.verifier_coef or args.kl_coef or args.entropy_coef):
+            check_train_mode(model).require()
         output_head(model)
         self.options = agreed_options(model, processing_class, args)
         # Of the first log line.
@@ -175,6 +185,7 @@ class EBFTTrainer(RecoveringTrainer):
             )
         if args.should_save:
             check_writable(args.output_dir)
+        use_cache = getattr(model.config, "use_cache", None)
         super().__init__(
             model=model,
             args=args,
@@ -185,6 +196,9 @@ class EBFTTrainer(RecoveringTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if use_cache is not None and not args.use_cache:
+            # transformers would leave it off in what is saved; forwards are told each time.
+            self.model.config.use_cache = use_cache
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(f"fsdp: accelerate does not shard on {args.device}; it needs an accelerator per process")
         if args.grad_norm_terms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -281,7 +295,8 @@ class EBFTTrainer(RecoveringTrainer):
     def _gradient_norms(self, model: nn.Module, result: EBFTStep, micro_batch: int) -> dict[str, Tensor]:
         """Of each term on the first micro-batch of a step that is logged, if asked for."""
         step = self.state.global_step + 1
-        if not self.args.grad_norm_terms or micro_batch or step % self.state.logging_steps:
+        logged = step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        if not self.args.grad_norm_terms or micro_batch or not logged:
             return {}
         return gradient_norms(result.terms, [x for x in model.parameters() if x.requires_grad])
 
