@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -24,12 +25,16 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write under a temporary name, then rename: there is a whole file or none. Raises CheckpointError if not."""
-    text = json.dumps(content, indent=1) + "\n"
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """As `write_json`, of bytes."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -63,9 +68,9 @@ def plot_demo(results: dict[str, Any], path: Path) -> None:
         f"{settings['steps']} optimizer steps of {settings['rows_per_step']} rows x {settings['length']} tokens, "
         f"evaluated on {settings['eval_rows']} held-out rows"
     )
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_file(path, picture.getvalue())
 
 
 def _draw_bars(axes: Any, results: dict[str, Any], colors: dict[str, str], titles: dict[str, str]) -> None:

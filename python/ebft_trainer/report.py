@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from transformers.trainer_utils import get_last_checkpoint
 
-from .charts import COLORS, legend, line_chart, number_text, stacked_bars
-from .monitor import LOG_FILE, Warned, read_log, warnings_of
-from .results import RESULT_FILE, RUN_FILE, seconds_per_step
-
-STATE_FILE = "trainer_state.json"
+from .charts import COLORS, legend, line_chart, number_text, stacked_bars, template
+from .checkpoint import STATE_FILE
+from .monitor import LOG_FILE, Warned, log_line, read_log, warnings_of
+from .plots import write_file
+from .results import RESULT_FILE, RUN_FILE, flat, read_json_object, seconds_per_step
 
 #: Heading -> which metrics stand under it, the first that matches.
 SECTIONS = {
@@ -28,7 +29,7 @@ SECTIONS = {
     "Rollouts": r"",
 }
 _NO_CURVE = re.compile(r"(step|epoch|total_flos|train_\w+|.*_h\d+|eval_(loss|runtime|samples_per_second))$")
-_HORIZON = re.compile(r"eval_(.*)_h(\d+)$")
+_HORIZON = re.compile(r"eval_(.*)_h([0-9]{1,6})$")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def prepare_report(arguments: argparse.Namespace) -> Callable[[], None]:
     page = report_page(read_runs(arguments.runs))
 
     def work() -> None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(page, encoding="utf-8")
+        # Names of files need not be text.
+        write_file(arguments.output, page.encode("utf-8", "backslashreplace"))
         print(f"report: {arguments.output}")
 
     return work
@@ -103,71 +104,94 @@ def _read_run(folder: Path, name: str) -> Run:
         raise ValueError(
             f"runs: expected a folder with a log ({LOG_FILE}, {RESULT_FILE} or a checkpoint), got {str(folder)!r}"
         )
-    settings = _flat(_read_json(folder / RUN_FILE)) if (folder / RUN_FILE).is_file() else {}
+    settings = flat(read_json_object(folder / RUN_FILE)) if (folder / RUN_FILE).is_file() else {}
+    samples = settings.get("options.samples", 2)
+    if type(samples) is not int or samples < 1:
+        raise ValueError(f"{folder / RUN_FILE}: expected options.samples as a number above 0, got {samples!r}")
     history = [{key: math.nan if value is None else value for key, value in line.items()} for line in history]
-    return Run(name, settings, history, warnings_of(history, settings.get("options.samples", 2)))
+    return Run(name, settings, history, warnings_of(history, samples))
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
     if history := read_log(folder / LOG_FILE):
         return history
     if (folder / RESULT_FILE).is_file():
-        return _read_json(folder / RESULT_FILE).get("log", [])
+        return _lines_in(folder / RESULT_FILE, "log")
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     state = Path(checkpoint or folder) / STATE_FILE
-    return _read_json(state).get("log_history", []) if state.is_file() else []
+    return _lines_in(state, "log_history") if state.is_file() else []
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _lines_in(path: Path, key: str) -> list[dict[str, Any]]:
+    """The log lines that another file holds under ``key``."""
+    lines = read_json_object(path).get(key, [])
+    if not isinstance(lines, list):
+        raise ValueError(f"{path}: expected {key!r} as a list, got {type(lines).__name__}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"runs: {path}: expected JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"runs: {path}: expected a JSON object, got {type(content).__name__}")
-    return content
+        return [log_line(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path}: {key}: expected JSON objects of numbers, got {error}") from None
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for name, value in settings.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out
+_PAGE = template(
+    """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>ebft-train: {{ names }}</title><style>{{ style }}</style></head>
+<body><main>
+<h1>{{ count }} run{{ "s" if count > 1 else "" }}</h1>
+{% for section in sections %}
+{{ section }}
+{% endfor %}
+</main></body></html>
+"""
+)
+_WARNINGS = template(
+    """{% if warnings %}
+<section class="warnings" aria-label="Warnings"><h2>Warnings</h2><ul>
+{% for name, warned in warnings %}
+<li><b>{{ name }}</b>, step {{ warned.step }}: {{ warned.text }}</li>
+{% endfor %}
+</ul></section>
+{% else %}
+<p>No warnings: no collapse of rewards or rollouts, no step skipped.</p>
+{% endif %}"""
+)
+_TABLE = template(
+    """<h2>{{ heading }}</h2><div class="wide"><table>
+<thead><tr>{% for cell in header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>"""
+)
+_CHARTS = template(
+    """<h2>{{ heading }}</h2><div class="charts">{% for chart in charts %}{{ chart }}{% endfor %}</div>"""
+)
 
 
 def report_page(runs: Sequence[Run]) -> str:
-    """The whole page."""
-    sections = [
-        f"<h1>{len(runs)} run{'s' * (len(runs) > 1)}</h1>",
-        legend([run.name for run in runs]),
-        _warnings(runs),
-        _settings(runs),
-        _evaluations(runs),
-        *_curves(runs),
-        _seconds(runs),
-    ]
-    names = ", ".join(run.name for run in runs)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>ebft-train: {escape(names)}</title><style>{_style()}</style></head>\n<body><main>\n"
-        + "\n".join(sections)
-        + "\n</main></body></html>\n"
+    """The whole page. Nothing in it is run or loaded, by its Content-Security-Policy too: it has one style sheet."""
+    style = _style()
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return _PAGE(
+        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        names=", ".join(run.name for run in runs),
+        style=Markup(style),  # a constant
+        count=len(runs),
+        sections=[
+            legend([run.name for run in runs]),
+            _WARNINGS(warnings=[(run.name, warned) for run in runs for warned in run.warnings]),
+            _settings(runs),
+            _evaluations(runs),
+            *_curves(runs),
+            _seconds(runs),
+        ],
     )
 
 
-def _warnings(runs: Sequence[Run]) -> str:
-    items = [
-        f"<li><b>{escape(run.name)}</b>, step {warned.step}: {escape(warned.text)}</li>"
-        for run in runs
-        for warned in run.warnings
-    ]
-    if not items:
-        return "<p>No warnings: no collapse of rewards or rollouts, no step skipped.</p>"
-    return f'<section class="warnings" aria-label="Warnings"><h2>Warnings</h2><ul>{"".join(items)}</ul></section>'
-
-
-def _settings(runs: Sequence[Run]) -> str:
+def _settings(runs: Sequence[Run]) -> Markup:
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = []
     for name in names:
@@ -175,26 +199,26 @@ def _settings(runs: Sequence[Run]) -> str:
         if any(value != values[0] for value in values):
             rows.append([name, *(_setting_text(value) for value in values)])
     if not rows:
-        return "" if len(runs) == 1 else "<h2>Options that differ</h2><p>None.</p>"
-    return "<h2>Options that differ</h2>" + _table(["option", *(run.name for run in runs)], rows)
+        return Markup("" if len(runs) == 1 else "<h2>Options that differ</h2><p>None.</p>")
+    return _TABLE(heading="Options that differ", header=["option", *(run.name for run in runs)], rows=rows)
 
 
 def _setting_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _evaluations(runs: Sequence[Run]) -> str:
+def _evaluations(runs: Sequence[Run]) -> Markup:
     found = [run.evaluations() for run in runs]
     names = dict.fromkeys(name for lines in found if lines for name in lines[-1] if name.startswith("eval_"))
     rows = []
     for name in names:
         if not _NO_CURVE.match(name):
-            cells = [" &rarr; ".join(dict.fromkeys(_ends(name, lines))) for lines in found]
+            cells = [" \u2192 ".join(dict.fromkeys(_ends(name, lines))) for lines in found]
             rows.append([name.removeprefix("eval_"), *cells])
     if not rows:
-        return ""
-    caption = "<h2>Evaluation, first &rarr; last</h2>"
-    return caption + _table(["held-out text", *(run.name for run in runs)], rows, escaped=True)
+        return Markup()
+    header = ["held-out text", *(run.name for run in runs)]
+    return _TABLE(heading="Evaluation, first \u2192 last", header=header, rows=rows)
 
 
 def _ends(name: str, lines: Sequence[dict[str, float]]) -> Iterator[str]:
@@ -202,7 +226,7 @@ def _ends(name: str, lines: Sequence[dict[str, float]]) -> Iterator[str]:
     yield from (number_text(value) for value in (values[:1] + values[-1:]))
 
 
-def _curves(runs: Sequence[Run]) -> Iterator[str]:
+def _curves(runs: Sequence[Run]) -> Iterator[Markup]:
     metrics = dict.fromkeys(name for run in runs for line in run.history for name in line)
     metrics = [name for name in metrics if not _NO_CURVE.match(name)]
     for heading, pattern in SECTIONS.items():
@@ -212,14 +236,14 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
         if heading == "Held-out text":
             charts += _by_horizon(runs)
         if charts:
-            yield f'<h2>{heading}</h2><div class="charts">{"".join(charts)}</div>'
+            yield _CHARTS(heading=heading, charts=charts)
 
 
 def _by_run(runs: Sequence[Run], metric: str) -> dict[str, list[tuple[float, float]]]:
     return {run.name: run.curve(metric) for run in runs}
 
 
-def _by_horizon(runs: Sequence[Run]) -> Iterator[str]:
+def _by_horizon(runs: Sequence[Run]) -> Iterator[Markup]:
     """One chart per metric of the last evaluation that is measured for every horizon."""
     last = {run.name: (run.evaluations() or [{}])[-1] for run in runs}
     found = [match for line in last.values() for match in map(_HORIZON.match, line) if match]
@@ -231,32 +255,20 @@ def _by_horizon(runs: Sequence[Run]) -> Iterator[str]:
         yield line_chart(f"{metric} by horizon, last evaluation", "tokens of the rollout", curves)
 
 
-def _seconds(runs: Sequence[Run]) -> str:
+def _seconds(runs: Sequence[Run]) -> Markup:
     bars = {run.name: seconds for run in runs if (seconds := seconds_per_step(run.history))}
     if not bars:
-        return ""
+        return Markup()
     parts = {name: {kind: x for kind, x in seconds.items() if kind != "step"} for name, seconds in bars.items()}
     kinds = dict.fromkeys(kind for seconds in bars.values() for kind in seconds)
     rows = [
         [kind, *(number_text(bars[run.name][kind]) if kind in bars.get(run.name, {}) else "" for run in runs)]
         for kind in kinds
     ]
-    chart = stacked_bars("mean of all logged steps", parts, "s")
-    return f'<h2>Seconds per optimizer step</h2><div class="charts">{chart}</div>' + _table(
-        ["phase", *(run.name for run in runs)], rows
+    charts = [stacked_bars("mean of all logged steps", parts, "s")]
+    return _CHARTS(heading="Seconds per optimizer step", charts=charts) + _TABLE(
+        heading="Phases", header=["phase", *(run.name for run in runs)], rows=rows
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escaped: bool = False) -> str:
-    """A table whose first column names the rows; cells after it are HTML already if ``escaped``."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{cell if escaped else escape(cell)}</td>" for cell in cells)
-        + "</tr>"
-        for first, *cells in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 _LIGHT = ("#0b63b0", "#c2410c", "#0f7b4f", "#8a3ab9", "#8d6708", "#be185d", "#0e7490", "#525252")

@@ -53,9 +53,13 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"{text[:40]!r}: too deeply nested") from None
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their names joined with dots."""
-    out = {}
-    for name, value in settings.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, however deep, by their names joined with dots."""
+    out, left = {}, list(reversed(settings.items()))
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{name}.{inner}", x) for inner, x in reversed(value.items())]
+        else:
+            out[name] = value
     return out

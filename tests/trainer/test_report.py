@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ebft_trainer import cli
-from ebft_trainer.charts import line_chart, number_text, style_of, ticks
+from ebft_trainer.charts import line_chart, number_text, stacked_bars, style_of, ticks
 from ebft_trainer.report import read_runs
 from ebft_trainer.results import seconds_per_step
 
@@ -44,11 +46,18 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.words = ""
         self.labels: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.policy = ""
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
+        self.tags.add(tag)
+        self.attributes |= set(values)
+        if values.get("http-equiv") == "Content-Security-Policy":
+            self.policy = values["content"]
         self.links += [values[name] for name in ("src", "href", "xlink:href", "data") if name in values]
         if values.get("role") == "img":
             self.labels.append(values["aria-label"])
@@ -133,16 +142,75 @@ def test_bad_input(tmp_path, capsys):
         read_runs([folder, tmp_path / "b" / ".." / "a"])
     with pytest.raises(ValueError, match=r"runs: expected a folder with a log \(log.jsonl, .*got '.*nowhere'"):
         read_runs([tmp_path / "nowhere"])
-    (folder / "ebft.json").write_text("{")
-    with pytest.raises(ValueError, match=r"runs: .*ebft.json: expected JSON"):
-        read_runs([folder])
-    (folder / "ebft.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"runs: .*ebft.json: expected a JSON object, got list"):
-        read_runs([folder])
+    for content, got in (("{", "'{': Expecting"), ("[]", "list"), ("[" * 100_000, ".*: too deeply nested")):
+        (folder / "ebft.json").write_text(content)
+        with pytest.raises(ValueError, match=f"ebft.json: expected a JSON object, got {got}"):
+            read_runs([folder])
+    for samples in ('"many"', "0", "true", "null"):
+        (folder / "ebft.json").write_text(f'{{"options": {{"samples": {samples}}}}}')
+        with pytest.raises(ValueError, match="ebft.json: expected options.samples as a number above 0, got "):
+            read_runs([folder])
     (folder / "ebft.json").unlink()
     with pytest.raises(SystemExit):
         cli.main(["report", str(folder), "--output", str(tmp_path)])
     assert "output: expected a file, got the folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("log", "message"),
+    [
+        ("3", "results.json: expected 'log' as a list, got int"),
+        ('["step"]', "results.json: log: expected JSON objects of numbers, got str"),
+        ('[{"step": 1, "loss": "<b>"}]', "results.json: log: expected JSON objects of numbers, got 'loss': '<b>'"),
+    ],
+)
+def test_results_that_are_broken_are_one_line(tmp_path, log, message):
+    folder = write_run(tmp_path / "a", 1e-3, jsonl=False)
+    (folder / "results.json").write_text(f'{{"log": {log}}}')
+    with pytest.raises(ValueError, match=message):
+        read_runs([folder])
+
+
+#: Ends every context that a page has: an element, an attribute in either quotes, a script, a style, CDATA, a comment.
+HOSTILE = "'\"--></style></title><script>alert(1)</script><img src=x onerror=alert(2)>]]>{{ 7 * 7 }}{% x %}&lt;\ud800"
+
+
+def test_names_from_files_are_text_and_nothing_else(tmp_path, capsys):
+    """Of folders, models, options and their values, and metrics, in every part of the page."""
+    name = HOSTILE.replace("/", "\u2215").replace("\ud800", "")  # as a file can be called
+    folders = [tmp_path / f"{number}{name}" for number in "12"]
+    for number, folder in enumerate(folders):
+        write_run(folder, 1e-3, spread=0.0)
+        settings = {"model": HOSTILE + str(number), HOSTILE: {HOSTILE: [HOSTILE, number]}}
+        (folder / "ebft.json").write_text(json.dumps(settings))
+        line = {"step": 70, "eval_cross_entropy": 1.0, f"eval_{HOSTILE}": 1.0, f"eval_{HOSTILE}_h1": 2.0, HOSTILE: 3.0}
+        line |= {"seconds/step": 2.0, f"seconds/{HOSTILE}": 1.0}
+        with (folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    output = tmp_path / "report.html"
+    cli.main(["report", *map(str, folders), "--output", str(output)])
+    text = output.read_text(encoding="utf-8")
+    page = Page(text)
+    allowed = "html head meta title style body main h1 h2 section ul li b p span div table thead tbody tr th td figure"
+    assert page.tags <= {*allowed.split(), *"figcaption svg g line text polyline circle rect".split()}
+    assert not [name for name in page.attributes if name.startswith("on") or name in ("style", "src", "href", "srcset")]
+    assert page.words.count(HOSTILE.replace("\ud800", "\\ud800")) >= 15
+    policy = page.policy
+    (style,) = re.findall("<style>(.*?)</style>", text, re.S)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert text.index("Content-Security-Policy") < text.index("<title>")
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "values", [(1e308, -1e308), (5e-324, 0.0), (1e16, 1e16 + 2), (-0.0, 0.0), (1e-300, 2e-300), (10**300,)]
+)
+def test_whatever_numbers_a_log_holds_are_drawn(values):
+    chart = line_chart("x", "step", {"a": [(2**53 - number, y) for number, y in enumerate(values)]})
+    places = [float(x) for x in re.findall(r' c[xy]="(.*?)"', chart)]
+    assert len(places) == 2 * len(values) and all(0 <= x <= 420 for x in places)
+    assert "seconds" in stacked_bars("x", {"a": {"b": values[0], "c": -1.0}}, "seconds")
 
 
 def test_one_run_alone_has_nothing_to_differ(tmp_path):
