@@ -82,7 +82,8 @@ def probe_layout(device: torch.device) -> StridedLayout:
 def probe_tokens(model: nn.Module, layout: StridedLayout) -> Tensor:
     """[1, S] fixed token ids without the special ones of the config."""
     base = base_model(model)
-    vocabulary = base.get_input_embeddings().weight.shape[0]
+    weight = base.get_input_embeddings().weight
+    vocabulary = getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves an empty tensor behind
     special: set[Any] = set()
     for name, value in base.config.to_dict().items():
         if name.endswith("token_id"):

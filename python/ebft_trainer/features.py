@@ -49,9 +49,9 @@ class FeatureNetwork(nn.Module):
     gradient, it stays in eval mode whatever :meth:`train` is told, and the model that it was made from is not changed.
 
     A plain model is copied as it is now: its embeddings and the layers up to the deepest one asked for. A PEFT model is
-    shared instead, and its adapters are switched off for each forward (its base weights do not change in training;
-    that holds for adapters only, not for trained biases). Sharing is not meant for ``torch.compile``, which a forward
-    that stops early leaves no chance to clean up; under FSDP2 and ZeRO-3 a shared network runs to the end.
+    shared instead, and its adapters are switched off for each forward: the weights beneath them must be frozen. Sharing
+    is not meant for ``torch.compile``, which a forward that stops early leaves no chance to clean up; under FSDP2 and
+    ZeRO-3 a shared network runs to the end.
 
     Hidden states are pooled layer by layer as they appear, so that none outlives its layer. With ``normalize="joint"``
     that takes ``pooling="last_token"``: the norm of a token over all layers is only known at the end, and a
@@ -72,7 +72,8 @@ class FeatureNetwork(nn.Module):
             normalised separately, else 1 (:func:`ebft_kernels.feature_matching`).
 
     Raises:
-        ValueError: no layers, a depth or number out of range, an unknown option, adapters that are merged.
+        ValueError: no layers, a depth or number out of range, an unknown option, adapters that are merged or have
+            trained weights beneath them.
         TypeError: something that is no layer, or no model.
     """
 
@@ -98,12 +99,19 @@ class FeatureNetwork(nn.Module):
         self._copy: nn.Module | None = None
         self._shared: tuple[nn.Module, ...] = ()
         check_adapters(model)
+        if has_adapters(model):
+            check_base_is_frozen(model)
         if share or has_adapters(model):
             # In a tuple, so that it is not a submodule: the policy's parameters are not this network's.
             self._shared = (model,)
         else:
             self._copy = _copy_up_to(model, max(self.layers)).requires_grad_(False)
         self.train(False)
+
+    def is_trained_with(self, model: nn.Module) -> bool:
+        """Whether training ``model`` changes this network."""
+        shared = {id(x) for module in self._shared for x in module.parameters() if not has_adapters(module)}
+        return any(id(x) in shared for x in model.parameters() if x.requires_grad)
 
     def shard(self) -> FeatureNetwork:
         """Spread the decoder blocks over all ranks (FSDP2), each whole only while it runs; embeddings stay replicated.
@@ -283,6 +291,19 @@ def check_adapters(model: nn.Module) -> None:
             raise ValueError(
                 f"model: expected adapters beside the weights, got {name!r} merged; call unmerge_adapter()"
             )
+
+
+def check_base_is_frozen(model: nn.Module) -> None:
+    """Raise ValueError if a PEFT model without its adapters changes in training: biases, or what was unfrozen beside
+    them."""
+    trained = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
+    with adapters_off(model):
+        for name, x in trained:
+            if x.requires_grad:  # an adapter's is off
+                raise ValueError(
+                    f"model: expected the weights beneath the adapters to be frozen, got {name!r} trained: the model "
+                    "without adapters, which is compared with, would change"
+                )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
 from .feature_maps import build_feature_map
-from .features import FeatureMap, FeatureNetwork, StartingAdapters, check_adapters, has_adapters
+from .features import FeatureMap, FeatureNetwork, StartingAdapters, check_adapters, check_base_is_frozen, has_adapters
 from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
 from .precision import WeightsMoved, check_dtypes
@@ -170,8 +170,12 @@ class EBFTTrainer(RecoveringTrainer):
             verifier = load_verifier(args.verifier, processing_class)
         if args.verifier_coef and verifier is None:
             raise ValueError(f"verifier: expected one with verifier_coef = {args.verifier_coef}, got None")
+        if train_dataset is not None:
+            _check_frozen(model, feature_network, reference_model)
         reference, frozen = reference_model, None
         if reference is not None:
+            with without_messages():
+                reference = extract_model_from_parallel(reference, keep_fp32_wrapper=False)
             if args.kl_reference != "start":
                 raise ValueError(f"kl_reference: expected 'start' with a reference_model, got {args.kl_reference!r}")
             check_model(reference).require()
@@ -418,6 +422,17 @@ class EBFTTrainer(RecoveringTrainer):
         return torch.Generator(self.args.device).manual_seed(int.from_bytes(digest, "big", signed=True))
 
 
+def _check_frozen(model: nn.Module, feature_network: Any, reference: nn.Module | None) -> None:
+    """Raise ValueError if what is to be frozen has weights that ``model`` trains."""
+    if isinstance(feature_network, FeatureNetwork) and feature_network.is_trained_with(model):
+        raise ValueError("feature_network: expected a frozen network, got one that shares the weights that are trained")
+    trained = {id(x) for x in model.parameters() if x.requires_grad}
+    if reference is not None and any(id(x) in trained for x in reference.parameters()):
+        raise ValueError(
+            "reference_model: expected a model of its own, got one that shares the weights that are trained"
+        )
+
+
 def _reference(model: nn.Module, args: EBFTConfig) -> nn.Module | StartingAdapters | None:
     """The model that the divergence is from, as `ebft_step` takes it: ``model`` as it is now, or without adapters."""
     if not has_adapters(model):
@@ -425,6 +440,7 @@ def _reference(model: nn.Module, args: EBFTConfig) -> nn.Module | StartingAdapte
             raise ValueError("kl_reference: expected 'start' for a model without PEFT adapters, got 'base'")
         return copy.deepcopy(model)
     if args.kl_reference == "base":
+        check_base_is_frozen(model)
         return None
     if is_deepspeed_zero3_enabled():
         raise ValueError(

@@ -81,8 +81,10 @@ def assert_same_run(folder, one_rank, name, reference, kind):
 def assert_same_log(actual, expected):
     assert len(actual) == len(expected)
     for found, line in zip(actual, expected, strict=True):
-        assert found.keys() == line.keys()
-        for name in set(line) - set(PER_RANK):
+        # DeepSpeed shows no gradients, and each rank measures what it has of the weights.
+        own = {"weights_moved"}
+        assert found.keys() - own == line.keys() - own
+        for name in set(line) - set(PER_RANK) - own:
             if not any(part in name for part in NOT_REPRODUCIBLE):
                 assert found[name] == pytest.approx(line[name], rel=1e-3, abs=1e-4), name
 

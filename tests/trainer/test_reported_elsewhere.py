@@ -118,6 +118,56 @@ def test_merged_adapters_are_refused(plain, config):
     EBFTTrainer(model, config(), train_dataset=ROWS)
 
 
+# A frozen model that is not: the policy itself, its base with the adapters in it, biases trained beneath adapters
+
+
+def test_a_frozen_model_that_shares_trained_weights_is_refused(plain, config):
+    model = plain.build()
+    message = "reference_model: expected a model of its own, got one that shares the weights that are trained"
+    with pytest.raises(ValueError, match=message):
+        EBFTTrainer(model, config(kl_coef=0.5), train_dataset=ROWS, reference_model=model)
+    tuned = adapted(plain.build())
+    with pytest.raises(ValueError, match=message):
+        EBFTTrainer(tuned, config(kl_coef=0.5), train_dataset=ROWS, reference_model=tuned.get_base_model())
+    network = FeatureNetwork(model, share=True)
+    message = "feature_network: expected a frozen network, got one that shares the weights that are trained"
+    with pytest.raises(ValueError, match=message):
+        EBFTTrainer(model, config(), train_dataset=ROWS, feature_network=network)
+    EBFTTrainer(model, config(), eval_dataset=ROWS[:2], feature_network=network)
+    EBFTTrainer(plain.build(), config(), train_dataset=ROWS, feature_network=network)
+
+
+@pytest.mark.parametrize("bias", ("lora_only", "all", "none"))
+def test_trained_weights_beneath_adapters_are_refused_where_the_model_without_adapters_counts(plain, config, bias):
+    model = adapted(plain.build("qwen2"), bias=bias)
+    if bias == "none":
+        FeatureNetwork(model)
+        model.get_input_embeddings().weight.requires_grad_(True)
+    message = (
+        "model: expected the weights beneath the adapters to be frozen, got '.*(bias|embed_tokens.weight)' trained"
+    )
+    with pytest.raises(ValueError, match=message):
+        EBFTTrainer(model, config(), train_dataset=ROWS)
+    options = config(objective="sft", kl_coef=0.1, kl_reference="base")
+    with pytest.raises(ValueError, match=message):
+        EBFTTrainer(model, options, train_dataset=ROWS)
+    trainer = EBFTTrainer(model, config(objective="sft", kl_coef=0.1), train_dataset=ROWS)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/kl"] == 0
+    assert {name for name, x in model.named_parameters() if x.requires_grad and "lora" not in name}
+
+
+def test_a_reference_that_was_trained_in_another_precision_computes_in_the_policys(plain, config, monkeypatch):
+    """accelerate leaves its autocast in the forward of a model that it has prepared."""
+    earlier = plain.build()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    EBFTTrainer(earlier, config(bf16=True, learning_rate=0.0), train_dataset=ROWS).train()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    trainer = EBFTTrainer(plain.build(), config(kl_coef=0.5), train_dataset=ROWS, reference_model=earlier)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss/kl"] == 0
+
+
 # Dropout: rollouts are sampled without it and scored with it, so that a model differs from itself
 
 
