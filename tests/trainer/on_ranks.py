@@ -177,6 +177,23 @@ def resumed(folder: Path, **options: Any) -> dict[str, Any]:
     return {"whole": logs[0], "resumed": logs[1]}
 
 
+def stopped(folder: Path) -> dict[str, Any]:
+    """The last rank alone is asked to stop in the second of four steps, and no step is to be saved."""
+
+    class Ask(TrainerCallback):
+        def on_step_begin(self, _args: Any, state: Any, _control: Any, **_others: Any) -> None:
+            if state.global_step == 1 and RANK == RANKS - 1:
+                trainer.request_stop()
+
+    policy, run = AutoModelForCausalLM.from_pretrained(folder / "model"), folder / f"stopped-{RANKS}"
+    saving = {"save_strategy": "steps", "save_steps": 100, "output_dir": str(run), "max_steps": 4}
+    trainer = EBFTTrainer(policy, config(folder, **saving), train_dataset=rows(), callbacks=[Ask()])
+    trainer.train()
+    trainer.accelerator.wait_for_everyone()
+    files = sorted(path.name for path in run.iterdir())
+    return {"step": trainer.state.global_step, "stopped": trainer.stopped, "files": files}
+
+
 def launched(folder: Path) -> dict[str, Any]:
     """`ebft-train` under the settings that `accelerate launch` makes of the example."""
     parser = launch_command_parser()
@@ -222,6 +239,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "tied": lambda folder: train(folder, model="tied"),
     "poisoned": poisoned,
     "resumed": resumed,
+    "stopped": stopped,
     "sharded_features": lambda folder: train(folder, shard_feature_network=RANKS > 1),
 }
 # With one rank there is nothing to shard: the same runs without it.

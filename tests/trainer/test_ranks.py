@@ -141,6 +141,11 @@ def test_a_run_on_two_ranks_that_is_resumed_is_bitwise_the_uninterrupted_one(fol
     assert len(whole) == 4 and whole == again
 
 
+def test_all_ranks_stop_after_the_step_in_which_one_is_asked_to(folder):
+    for rank in (0, 1):
+        assert of_rank(folder, "stopped", rank) == {"step": 2, "stopped": True, "files": ["checkpoint-2"]}
+
+
 def test_the_fsdp2_example_trains_evaluates_and_saves_a_whole_model(folder):
     """Under mixed precision, with the feature network sharded too."""
     record, run = of_rank(folder, "launched"), folder / "launched-run"
