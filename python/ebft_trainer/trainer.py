@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 import time
@@ -10,35 +9,25 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length, speed_metrics
 
 from ebft_kernels.integrations._models import facts
-from ebft_kernels.integrations.transformers import (
-    check_length,
-    check_model,
-    check_train_mode,
-    output_head,
-    router_losses,
-)
+from ebft_kernels.integrations.transformers import check_length
 
-from ._quiet import without_messages
 from .calibration import BINS, calibration_error, calibration_sums
 from .checkpoint import check_writable
 from .config import EBFTConfig
-from .data import EBFTCollator, rows_without_anchor
 from .evaluate import evaluation_metrics, evaluation_sums
 from .feature_maps import build_feature_map
-from .features import FeatureMap, FeatureNetwork, StartingAdapters, check_adapters, check_base_is_frozen, has_adapters
+from .features import FeatureMap, FeatureNetwork
 from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
 from .precision import WeightsMoved, check_dtypes
-from .quantized import keep_gradients
 from .recovery import RecoveringTrainer
 from .rollout import evaluation_mode
 from .scoring import loss_weights
+from .set_up import check_frozen, check_rows, checked_collator, checked_model, frozen_reference
 from .step import EBFTStep, ebft_step
 from .tokens import agreed_options, masked_token_ids
 from .verifiers import Verifier, load_verifier
@@ -115,11 +104,12 @@ class EBFTTrainer(RecoveringTrainer):
             optimizers: as for `Trainer`.
 
         Raises:
-            ValueError: the model cannot be run on strided rows, has nothing to train or a load-balancing loss that it
-                does not give, ZeRO-3 has spread its weights already, or its 4-bit weights are packed for inference; a
+            ValueError: the model cannot be run on strided rows, at the length of the longest or at all, or is another
+                one in train mode (dropout); it has nothing to train, merged adapters or a load-balancing loss that it
+                does not give; ZeRO-3 has spread its weights already, or its 4-bit weights are packed for inference; a
                 token that rollouts, padding or rows need has no row in its embedding or head; a row has no room for a
-                rollout, or more positions than the model; one process is to drive several devices; accelerate would
-                not shard.
+                rollout, or more positions than the model; what is to be frozen shares weights that are trained; one
+                process is to drive several devices; accelerate would not shard.
             TypeError: ``args`` is not an `EBFTConfig`.
             CheckpointError: nothing can be written to ``args.output_dir``.
         """
@@ -129,60 +119,24 @@ class EBFTTrainer(RecoveringTrainer):
             raise ValueError(
                 f"args: expected one device per process, got {args.n_gpu}; start with torchrun or accelerate"
             )
-        # Without the autocast of an earlier trainer, which would round the logits that the two checks compare.
-        with without_messages():
-            model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            raise ValueError(
-                "model: expected whole weights, got some that ZeRO-3 has spread over the ranks already; load the model "
-                "before the EBFTConfig with its DeepSpeed settings is made"
-            )
-        if train_dataset is not None and not any(x.requires_grad for x in model.parameters()):
-            raise ValueError(
-                "model: expected weights to train, got none with requires_grad; adapters are loaded with "
-                "PeftModel.from_pretrained(..., is_trainable=True)"
-            )
-        keep_gradients(model)
-        check_adapters(model)
-        with router_losses(model):  # whose absence raises
-            check_model(model).require()
-        if train_dataset is not None and (args.rl_coef or args.verifier_coef or args.kl_coef or args.entropy_coef):
-            check_train_mode(model).require()
-        output_head(model)
+        training = train_dataset is not None
+        model = checked_model(model, args, training=training)
         self.options = agreed_options(model, processing_class, args)
         # Of the first log line.
         self._once = {"masked_token_ids": masked} if (masked := masked_token_ids(model, self.options)) else {}
         self._said = False
-        if data_collator is None:
-            pad = getattr(processing_class, "pad_token_id", None)
-            data_collator = EBFTCollator(
-                args,
-                pad_token_id=0 if pad is None else pad,
-                pad_to_multiple_of=args.pad_to_multiple_of,
-                vocabulary=self.options.vocabulary or model.get_input_embeddings().weight.shape[0],
-            )
-        if (positions := facts(model).positions) is not None:
-            data_collator = _WithinPositions(data_collator, positions)
+        collator = checked_collator(data_collator, model, processing_class, args, self.options.vocabulary)
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         datasets = {"train_dataset": train_dataset, **eval_datasets}
-        longest = max(_check_rows(name, dataset, data_collator) for name, dataset in datasets.items())
+        longest = max(check_rows(name, dataset, collator) for name, dataset in datasets.items())
         if verifier is None and args.verifier is not None:
             verifier = load_verifier(args.verifier, processing_class)
         if args.verifier_coef and verifier is None:
             raise ValueError(f"verifier: expected one with verifier_coef = {args.verifier_coef}, got None")
-        if train_dataset is not None:
-            _check_frozen(model, feature_network, reference_model)
-        reference, frozen = reference_model, None
-        if reference is not None:
-            with without_messages():
-                reference = extract_model_from_parallel(reference, keep_fp32_wrapper=False)
-            if args.kl_reference != "start":
-                raise ValueError(f"kl_reference: expected 'start' with a reference_model, got {args.kl_reference!r}")
-            check_model(reference).require()
-            output_head(reference)
-        elif args.kl_coef:
-            reference = _reference(model, args)
-            frozen = reference if isinstance(reference, nn.Module) else None
+        if training:
+            check_frozen(model, feature_network, reference_model)
+        reference = frozen_reference(model, args, reference_model)
+        frozen = reference if reference_model is None and isinstance(reference, nn.Module) else None
         if feature_network is None and (args.rl_coef > 0 or eval_dataset is not None):
             feature_network = build_feature_map(
                 model if frozen is None else frozen, processing_class, args, share=frozen is not None
@@ -193,7 +147,7 @@ class EBFTTrainer(RecoveringTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -207,7 +161,7 @@ class EBFTTrainer(RecoveringTrainer):
             raise ValueError(f"fsdp: accelerate does not shard on {args.device}; it needs an accelerator per process")
         if args.grad_norm_terms and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("grad_norm_terms: expected False with FSDP or DeepSpeed, whose gradients are sharded")
-        if train_dataset is not None:
+        if training:
             check_dtypes(self.model, fp16=args.fp16, masters=self.is_deepspeed_enabled)
         self.feature_network = feature_network
         if isinstance(feature_network, nn.Module):
@@ -221,8 +175,9 @@ class EBFTTrainer(RecoveringTrainer):
         self.reference_model = reference
         if isinstance(reference, nn.Module):
             self.reference_model = _UnderAutocast(reference.to(args.device), self.accelerator)
+        self._reference_is_given = reference_model is not None
         # Of the longest prompt, where it is known; None: checked.
-        self._length_to_check: int | None = min(longest, positions or longest)
+        self._length_to_check: int | None = min(longest, facts(model).positions or longest)
         if longest and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             self._check_length()
         # What releases that do not know `loss_is_scaled_for_ga` go by.
@@ -236,6 +191,8 @@ class EBFTTrainer(RecoveringTrainer):
         """Once, at the length that is trained: on the device, and where ranks share the weights when all are there."""
         length, self._length_to_check = self._length_to_check or length, None
         check_length(self.model_wrapped, length).require()
+        if self._reference_is_given:
+            check_length(self.reference_model, length).require()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -422,33 +379,6 @@ class EBFTTrainer(RecoveringTrainer):
         return torch.Generator(self.args.device).manual_seed(int.from_bytes(digest, "big", signed=True))
 
 
-def _check_frozen(model: nn.Module, feature_network: Any, reference: nn.Module | None) -> None:
-    """Raise ValueError if what is to be frozen has weights that ``model`` trains."""
-    if isinstance(feature_network, FeatureNetwork) and feature_network.is_trained_with(model):
-        raise ValueError("feature_network: expected a frozen network, got one that shares the weights that are trained")
-    trained = {id(x) for x in model.parameters() if x.requires_grad}
-    if reference is not None and any(id(x) in trained for x in reference.parameters()):
-        raise ValueError(
-            "reference_model: expected a model of its own, got one that shares the weights that are trained"
-        )
-
-
-def _reference(model: nn.Module, args: EBFTConfig) -> nn.Module | StartingAdapters | None:
-    """The model that the divergence is from, as `ebft_step` takes it: ``model`` as it is now, or without adapters."""
-    if not has_adapters(model):
-        if args.kl_reference == "base":
-            raise ValueError("kl_reference: expected 'start' for a model without PEFT adapters, got 'base'")
-        return copy.deepcopy(model)
-    if args.kl_reference == "base":
-        check_base_is_frozen(model)
-        return None
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "kl_reference: expected 'base' with ZeRO-3, which spreads adapters over the ranks, got 'start'"
-        )
-    return StartingAdapters(model)
-
-
 class _UnderAutocast(nn.Module):
     """The reference model in the policy's precision: rounding that both share does not count as divergence."""
 
@@ -462,25 +392,6 @@ class _UnderAutocast(nn.Module):
             return self.module(*args, **kwargs)
 
 
-class _WithinPositions:
-    """A data collator that refuses rows with more positions than the model has learned."""
-
-    def __init__(self, collator: Any, positions: int) -> None:
-        self._collator, self._positions = collator, positions
-
-    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        batch = self._collator(rows)
-        layout = batch["layout"]
-        if layout.length > self._positions:
-            needed = 1 + int(layout.position_ids.max())
-            if needed > self._positions:
-                raise ValueError(
-                    f"input_ids: expected rows of at most {self._positions} positions, which is what the model has "
-                    f"learned, got {needed}"
-                )
-        return batch
-
-
 def _weights(batch: dict[str, Any]) -> Tensor:
     return loss_weights(batch["layout"].to(batch["input_ids"].device), batch.get("completion_mask"))
 
@@ -488,26 +399,3 @@ def _weights(batch: dict[str, Any]) -> Tensor:
 def _chosen_rows(count: int, wanted: int, seed: int) -> list[int]:
     """``wanted`` of ``count`` row numbers, ascending; all if there are no more."""
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()[:wanted])
-
-
-def _check_rows(name: str, dataset: Any, collator: Any) -> int:
-    """The positions of the longest row of ``dataset``; 0 for one without a length, which is not read.
-
-    Raises:
-        ValueError: there is no row, or one without room for a rollout.
-    """
-    if dataset is None or not has_length(dataset):
-        return 0
-    if len(dataset) == 0:
-        raise ValueError(f"{name}: expected at least one row, got none")
-    longest = 0
-
-    def measured(rows: Sequence[Any]) -> dict[str, Any]:
-        nonlocal longest
-        batch = collator(rows)
-        longest = max(longest, batch["layout"].length)
-        return batch
-
-    for number, reason in rows_without_anchor(dataset, measured):
-        raise ValueError(f"{name}: row {number}: {reason}")
-    return longest

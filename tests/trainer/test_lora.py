@@ -111,7 +111,7 @@ def test_the_divergence_from_the_model_without_adapters_is_an_option(plain, conf
     assert trainer.reference_model is None
     trainer.train()
     assert trainer.state.log_history[0]["loss/kl"] > 1e-2
-    monkeypatch.setattr("ebft_trainer.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("ebft_trainer.set_up.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="kl_reference: expected 'base' with ZeRO-3, which spreads .*, got 'start'"):
         EBFTTrainer(trained_before(plain.build()), config(kl_coef=0.5), train_dataset=ROWS)
 

@@ -567,6 +567,10 @@ def test_the_model_is_checked_at_the_length_that_is_trained(plain, config):
     for datasets in ({"train_dataset": rows_of(24, 48)}, {"train_dataset": ROWS, "eval_dataset": {"a": rows_of(48)}}):
         with pytest.raises(ValueError, match=message):
             EBFTTrainer(model, config(), **datasets)
+    with pytest.raises(ValueError, match=message):
+        EBFTTrainer(
+            plain.build(), config(kl_coef=0.5), train_dataset=rows_of(24, 48), reference_model=copy.deepcopy(model)
+        )
     trainer = EBFTTrainer(model, config(), train_dataset=Endless(rows_of(24, 48) * 2))
     with pytest.raises(ValueError, match=message):
         trainer.train()
