@@ -168,7 +168,12 @@ def drawn_in_train_mode(model: nn.Module, known: ModelFacts) -> str:
                 logits.append(model(input_ids=prompt, use_cache=False).logits)
     finally:
         selection.undo()
-    return disagreement(*logits, layout.length // 2, "a forward in train mode") and "noise or dropout"
+    if not disagreement(*logits, layout.length // 2, "a forward in train mode"):
+        return ""
+    kinds = ("drop", "jitter")
+    options = known.config.to_dict().items()
+    set_to = [f"{k}={v}" for k, v in options if isinstance(v, float) and v > 0 and any(kind in k for kind in kinds)]
+    return f"noise or dropout ({', '.join(set_to) or 'of a layer'})"
 
 
 def not_finite(model: nn.Module, plain: Tensor) -> str:

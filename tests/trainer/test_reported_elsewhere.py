@@ -181,7 +181,8 @@ def with_dropout(plain, kind: str):
     layer = model.model.layers[1].mlp
     original = layer.forward
     layer.forward = lambda x: torch.nn.functional.dropout(original(x), 0.1, layer.training)
-    return model, "noise or dropout"
+    model.config.made_up_dropout = 0.1
+    return model, "noise or dropout (made_up_dropout=0.1)"
 
 
 @pytest.mark.parametrize("kind", ("lora", "function"))
