@@ -13,6 +13,12 @@ from torch import Tensor
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGER = (torch.int64, torch.int32)
 
+#: Sizes and positions are 32-bit numbers in kernels.
+INT_LIMIT = 2**31
+
+# The ops compute in at least float32; options reach their kernels as numbers of that.
+_FLOAT32 = torch.finfo(torch.float32)
+
 
 def check_option(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
@@ -21,28 +27,39 @@ def check_option(name: str, value: object, choices: Iterable[object]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
 
 
-def check_int(name: str, value: object, *, minimum: int) -> None:
-    """Raise TypeError / ValueError unless ``value`` is an int of at least ``minimum``."""
+def check_int(name: str, value: object, *, minimum: int, bounded: bool = True) -> None:
+    """Raise TypeError / ValueError unless ``value`` is an int of at least ``minimum`` and, ``bounded``, below 2^31."""
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if bounded and value >= INT_LIMIT:
+        raise ValueError(f"{name}: expected less than 2^31, got {value}")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raise TypeError / ValueError unless ``value`` is a finite number above zero."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    """Raise TypeError / ValueError unless ``value`` is a number above zero that float32 holds in full precision."""
+    _check_number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+        raise ValueError(
+            f"{name}: expected what float32 can hold, {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, got {value}"
+        )
 
 
 def check_finite(name: str, value: object) -> None:
-    """Raise TypeError / ValueError unless ``value`` is a finite number."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    """Raise TypeError / ValueError unless ``value`` is a finite number, in float32 too."""
+    _check_number(name, value)
     if not -float("inf") < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number, got {value}")
+    if abs(value) > _FLOAT32.max:
+        raise ValueError(f"{name}: expected what float32 can hold, up to {_FLOAT32.max:.3g}, got {value}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def check_tensor(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _layout_native, _native, _triton
-from ._checks import INTEGER, check_int, check_option, check_tensor
+from ._checks import INT_LIMIT, INTEGER, check_int, check_option, check_tensor
 
 
 class KeyRanges(NamedTuple):
@@ -59,6 +59,9 @@ class StridedLayout:
 
     Right padding needs no mask of its own: nothing real ever looks at it, and an anchor that would is not ``valid``.
     An anchor that is not ``valid`` still has defined numbers everywhere and must weigh nothing.
+
+    The layout has tensors of its own, which share no memory with those that it was built from. They are for reading:
+    where torch counts writes (not in inference mode, nor through ``.data`` or NumPy) the layout is refused after one.
 
     Build one with :meth:`strided`, :meth:`from_anchors` or :meth:`within`. They check values, which reads them once:
     build the layout on the CPU and move it with :meth:`to` where a host synchronisation would hurt.
@@ -104,6 +107,7 @@ class StridedLayout:
     ) -> None:
         """Not for callers: the arguments are taken as they are. Use one of the class methods."""
         length, num_anchors = prompt_start.shape[1], anchors.shape[1]
+        packed_length = _packed_length(length, num_anchors, samples, horizon)
         position_ids, key_ranges = _geometry(anchors, prompt_start, horizon, samples)
         self.__dict__.update(
             anchors=anchors,
@@ -116,12 +120,17 @@ class StridedLayout:
             horizon=horizon,
             samples=samples,
             num_anchors=num_anchors,
-            packed_length=length + num_anchors * samples * horizon,
+            packed_length=packed_length,
             num_valid=num_valid,
         )
+        self.__dict__["_versions"] = self._tensor_versions()
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"StridedLayout is immutable; build another one instead of setting {name!r}")
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.__dict__["_versions"] = self._tensor_versions()  # those of a copy are its own
 
     @classmethod
     def strided(
@@ -151,7 +160,8 @@ class StridedLayout:
             device: of the layout's tensors; default: that of ``lengths`` or ``document_ids``, else the CPU.
 
         Raises:
-            ValueError: a size below its minimum, ``length < context + horizon``, a shape that does not fit.
+            ValueError: a size below its minimum, ``length < context + horizon``, 2^31 tokens or more in a packed row,
+                a shape that does not fit.
             TypeError: another type or dtype.
         """
         for name, value in (("batch_size", batch_size), ("length", length)):
@@ -162,6 +172,7 @@ class StridedLayout:
             raise ValueError(f"length: expected at least context + horizon = {context + horizon} tokens, got {length}")
         device = _device(device, lengths, document_ids)
         num_anchors = (length - horizon - context) // stride + 1
+        _packed_length(length, num_anchors, samples, horizon)
         anchors = context + stride * torch.arange(num_anchors, dtype=torch.int32, device=device)
         return cls._build(anchors.expand(batch_size, num_anchors), length, horizon, samples, lengths, document_ids)
 
@@ -189,6 +200,7 @@ class StridedLayout:
         check_int("length", length, minimum=0)
         for name, value in (("horizon", horizon), ("samples", samples), ("the number of anchors", sizes["A"])):
             check_int(name, value, minimum=1)
+        _packed_length(length, sizes["A"], samples, horizon)
         present = anchors >= 0
         outside = (anchors != -1) & ((anchors < 1) | (anchors > length))
         if outside.any():
@@ -203,7 +215,9 @@ class StridedLayout:
                 "anchors: expected strictly ascending rows with -1 only at the end, "
                 f"got row {row} = {anchors[row].tolist()}"
             )
-        return cls._build(anchors.to(torch.int32), length, horizon, samples, lengths, document_ids)
+        # A copy: what the caller does to `anchors` later is no business of this layout.
+        anchors = anchors.to(torch.int32, copy=True).contiguous()
+        return cls._build(anchors, length, horizon, samples, lengths, document_ids)
 
     @classmethod
     def within(
@@ -271,6 +285,7 @@ class StridedLayout:
         )
 
     def _replace(self, **changes: object) -> StridedLayout:
+        self._check_unchanged()
         names = ("anchors", "valid", "lengths", "prompt_start", "horizon", "samples", "num_valid")
         return StridedLayout(**{name: changes.get(name, getattr(self, name)) for name in names})
 
@@ -383,10 +398,16 @@ class StridedLayout:
         ``window=None`` gives :attr:`key_ranges`. Distances are counted in tokens of the sequence that a rollout
         continues, so the rollout token ``(b, j, g)`` stands at ``a_b + g``.
         """
+        self._check_unchanged()
+        window = self._narrowing(window)
+        return self.key_ranges if window is None else slide_key_ranges(self.key_ranges, window)
+
+    def _narrowing(self, window: int | None) -> int | None:
+        """A checked sliding window; None where it hides nothing, as a window longer than every sequence does."""
         if window is None:
-            return self.key_ranges
-        check_int("window", window, minimum=1)
-        return slide_key_ranges(self.key_ranges, window)
+            return None
+        check_int("window", window, minimum=1, bounded=False)
+        return None if window >= self.length + self.horizon else window
 
     def visible_pairs(self, window: int | None = None) -> int:
         """Pairs of a query row and a key that it sees, per head, in the whole batch: what attention must compute."""
@@ -461,6 +482,18 @@ class StridedLayout:
             f"device='{self.device}')"
         )
 
+    def _tensor_versions(self) -> tuple[int, ...] | None:
+        """How often each tensor was written to; None where torch does not count (inference mode, traced code)."""
+        if torch.compiler.is_compiling():
+            return None
+        tensors = (self.anchors, self.valid, self.lengths, self.prompt_start, self.position_ids, *self.key_ranges)
+        return None if any(x.is_inference() for x in tensors) else tuple(x._version for x in tensors)
+
+    def _check_unchanged(self) -> None:
+        """Raise ValueError if somebody wrote into a tensor of the layout: masks and windows would not fit together."""
+        if not torch.compiler.is_compiling() and self._versions != self._tensor_versions():
+            raise ValueError("layout: expected its tensors as they were built, got some that were changed in place")
+
     def _own_end(self, block: str) -> Tensor:
         """[B, S] int32, end of the tokens of its own rollout that each row sees; those of prompt rows are none."""
         check_option("block", block, ("causal", "full"))
@@ -483,6 +516,7 @@ class StridedLayout:
         return torch.arange(self.batch_size, device=self.device)[:, None]  # [B, 1]
 
     def _check_prompt_rows(self, x: Tensor) -> None:
+        self._check_unchanged()
         check_tensor("x", x, "B ...", self._sizes())
         if x.ndim < 2 or x.shape[1] < self.length:
             raise ValueError(f"x: expected at least P = {self.length} rows, got shape {list(x.shape)}")
@@ -504,6 +538,24 @@ def slide_key_ranges(ranges: KeyRanges, window: int) -> KeyRanges:
         prefix_end,
         torch.maximum(own_start, row - window + 1),
     )
+
+
+def check_layout(layout: object) -> None:
+    """Raise TypeError unless ``layout`` is a :class:`StridedLayout`, ValueError if its tensors were changed."""
+    if not isinstance(layout, StridedLayout):
+        raise TypeError(f"layout: expected a StridedLayout, got {type(layout).__name__}")
+    layout._check_unchanged()
+
+
+def _packed_length(length: int, num_anchors: int, samples: int, horizon: int) -> int:
+    """S, checked before anything of that size is allocated."""
+    packed_length = length + num_anchors * samples * horizon
+    if packed_length >= INT_LIMIT:
+        raise ValueError(
+            f"samples, horizon: expected packed rows of less than 2^31 tokens, got {length} + {num_anchors} anchors * "
+            f"{samples} samples * {horizon} tokens = {packed_length}"
+        )
+    return packed_length
 
 
 def _device(device: torch.device | str | None, *tensors: Tensor | None) -> torch.device:
@@ -528,7 +580,7 @@ def _rows(
         index = torch.arange(1, length, dtype=torch.int32, device=device)
         start[:, 1:] = torch.where(document_ids[:, 1:] != document_ids[:, :-1], index, 0)
         start = start.cummax(1).values if length else start
-    return lengths.long(), start
+    return lengths.to(torch.int64, copy=True), start
 
 
 def _window_is_whole(anchors: Tensor, lengths: Tensor, prompt_start: Tensor, horizon: int) -> Tensor:
@@ -543,8 +595,11 @@ def _window_is_whole(anchors: Tensor, lengths: Tensor, prompt_start: Tensor, hor
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
-    """What writes the large tensors that belong to ``x``; None: plain PyTorch does, as for code that is traced."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    """What writes the large tensors that belong to ``x``; None: plain PyTorch does, as for code that is traced.
+
+    Within a transform of ``torch.func`` new tensors are wrapped, and have no memory that a kernel could write to.
+    """
+    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._functorch.peek_interpreter_stack():
         return None
     if x.device.type == "cuda" and not _triton.why_not("cuda"):
         from . import _layout_triton

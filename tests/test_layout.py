@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import pickle
+
 import pytest
 import torch
 
-from ebft_kernels import StridedLayout
+from ebft_kernels import StridedLayout, pool_features, strided_attention, strided_attention_step
 from ebft_kernels.testing import LAYOUTS, randn
 
 CASES = [name for name in LAYOUTS if name != "empty_batch"]
@@ -163,6 +167,78 @@ def test_the_layout_is_immutable_and_moves(layout):
     assert meta.num_valid == layout.num_valid and meta.packed_length == layout.packed_length
 
 
+@pytest.mark.parametrize("dtypes", list(itertools.product((torch.int32, torch.int64), repeat=3)))
+def test_the_layout_owns_its_tensors(dtypes):
+    """What the caller does later to the tensors that it was built from changes nothing, whatever their dtype."""
+    anchors, lengths = torch.tensor([[3, 6], [4, -1]], dtype=dtypes[0]), torch.tensor([12, 9], dtype=dtypes[1])
+    documents = torch.arange(12).ge(2).expand(2, 12).to(dtypes[2])
+    options = {"horizon": 2, "samples": 2, "lengths": lengths, "document_ids": documents}
+    built = StridedLayout.from_anchors(anchors, 12, **options)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    within = StridedLayout.within(mask, context=2, stride=3, **options)
+    before = [x.clone() for x in _tensors(within)]
+    mask.fill_(False)
+    for x in (anchors, lengths, documents):
+        x.fill_(7)
+    expected = StridedLayout.from_anchors(
+        torch.tensor([[3, 6], [4, -1]]),
+        12,
+        horizon=2,
+        samples=2,
+        lengths=torch.tensor([12, 9]),
+        document_ids=torch.arange(12).ge(2).expand(2, 12).long(),
+    )
+    assert all(map(torch.equal, _tensors(built), _tensors(expected)))
+    assert all(map(torch.equal, _tensors(within), before))
+
+
+def _tensors(layout):
+    return [layout.anchors, layout.valid, layout.lengths, layout.prompt_start, layout.position_ids, *layout.key_ranges]
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_a_layout_whose_tensors_were_changed_is_refused(which):
+    layout = StridedLayout.strided(1, 12, context=4, stride=2, horizon=2, samples=2)
+    rows = torch.zeros(1, layout.packed_length, 4)
+    shorter = layout.without_last_step()
+    _tensors(layout)[which].zero_()
+    uses = [
+        layout.dense_mask,
+        layout.visible_keys,
+        layout.without_last_step,
+        lambda: layout.windows(rows),
+        lambda: layout.predictors(rows),
+        lambda: pool_features([rows], layout),
+        lambda: strided_attention(rows[:, None], rows[:, None], rows[:, None], layout),
+        lambda: strided_attention_step(
+            rows[:, None, : layout.num_anchors * 2], rows[:, None], rows[:, None], layout, 0
+        ),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match="layout: expected its tensors as they were built, got some that were"):
+            use()
+    if which < 4:  # those that it shares
+        with pytest.raises(ValueError, match="layout: expected its tensors as they were built"):
+            shorter.dense_mask()
+
+
+def test_copies_of_a_layout_can_be_used(layout):
+    with torch.inference_mode():
+        inside = StridedLayout.strided(1, 12, context=4, stride=2, horizon=2, samples=2)
+    for original in (layout, layout.prompt_only(), inside):
+        for other in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+            assert torch.equal(other.dense_mask(), original.dense_mask())
+
+
+def test_a_window_hides_nothing_if_it_is_as_long_as_the_longest_sequence():
+    layout = StridedLayout.from_anchors(torch.tensor([[2, 12]]), 12, horizon=3, samples=1)
+    whole = layout.dense_mask()
+    for window in (15, 16, 2**31 - 1, 2**31, 2**32 + 1, 2**63 - 1, 2**70):
+        assert torch.equal(layout.dense_mask(window), whole)
+        assert layout.visible_pairs(window) == layout.visible_pairs()
+    assert layout.visible_pairs(14) == layout.visible_pairs() - 1
+
+
 def test_an_empty_batch_has_every_shape():
     layout = LAYOUTS["empty_batch"]()
     assert layout.dense_mask().shape == (0, 1, layout.packed_length, layout.packed_length)
@@ -192,6 +268,11 @@ STRIDED = {"context": 4, "stride": 4, "horizon": 4, "samples": 2}
         ({"horizon": 0}, "horizon: expected at least 1, got 0"),
         ({"samples": -1}, "samples: expected at least 1, got -1"),
         ({"batch_size": -1}, "batch_size: expected at least 0, got -1"),
+        ({"stride": 2**32 + 1}, r"stride: expected less than 2\^31, got 4294967297"),
+        (
+            {"samples": 2**28},
+            r"less than 2\^31 tokens, got 24 \+ 5 anchors \* 268435456 samples \* 4",
+        ),
         ({"lengths": torch.tensor([1, 2, 3])}, r"lengths: expected shape \[B=2\], got \[3\]"),
         ({"lengths": torch.tensor([1, 30])}, r"lengths: expected 0 <= length <= 24, got \[1, 30\]"),
         ({"document_ids": torch.zeros(2, 23, dtype=torch.int64)}, r"document_ids: expected shape \[B=2, P=24\]"),

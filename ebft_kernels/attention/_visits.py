@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_option
-from ..layout import KeyRanges, StridedLayout, slide_key_ranges
+from ..layout import KeyRanges, StridedLayout
 
 
 class Visits(NamedTuple):
@@ -50,7 +50,8 @@ def visited_tiles(
         ValueError: an unknown kernel.
     """
     check_option("kernel", kernel, ("forward", "dq", "dkdv", "own", "step"))
-    ranges = layout.key_ranges if window is None else slide_key_ranges(layout.key_ranges, window)
+    window = layout._narrowing(window)
+    ranges = layout.visible_keys(window)
     ranges = ranges._replace(prefix_start=torch.minimum(ranges.prefix_start, ranges.prefix_end))
     if kernel == "dkdv":
         return _key_visits(layout, ranges, repeat, sizes)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, check_int, check_option, check_positive, check_tensor
 from .._dispatch import autocast_inputs, implementation, resolve_impl
-from ..layout import KeyRanges, StridedLayout
+from ..layout import KeyRanges, StridedLayout, check_layout
 from . import _reference
 from ._common import empty_output, statistics_dtype
 
@@ -43,7 +43,7 @@ def strided_attention(
         layout: who sees whom; on the same device.
         scale: of the scores; default ``1 / sqrt(D)``.
         softcap: bound of the scores.
-        window: sliding window: a token sees keys less than ``window`` positions back.
+        window: sliding window: a token sees keys less than ``window`` positions back. Longer than all sequences: none.
         sinks: [H] floating, one more logit per head in the denominator (arXiv:2309.17453).
         block: "causal": a rollout token sees its rollout up to itself. "full": it sees all of its rollout, as the
             drafters of speculative decoding do; a window bounds only what lies before it.
@@ -57,8 +57,9 @@ def strided_attention(
         TypeError: another type or dtype.
     """
     q, k, v = autocast_inputs(q, k, v)
-    _check_layout(layout)
-    scale = _check_inputs(("q", "k", "v"), q, k, v, layout, layout.packed_length, scale, softcap, window, sinks)
+    check_layout(layout)
+    scale = _check_inputs(("q", "k", "v"), q, k, v, layout, layout.packed_length, scale, softcap, sinks)
+    window = layout._narrowing(window)
     check_option("block", block, ("causal", "full"))
     impl = resolve_impl("strided_attention", impl, q.device, q.dtype)
     if impl == "reference":
@@ -104,13 +105,14 @@ def strided_attention_step(
         TypeError: another type or dtype.
     """
     q, k_cache, v_cache = autocast_inputs(q, k_cache, v_cache)
-    _check_layout(layout)
+    check_layout(layout)
     check_int("step", step, minimum=0)
     if step >= layout.horizon:
         raise ValueError(f"step: expected less than horizon = {layout.horizon}, got {step}")
     rows = layout.num_anchors * layout.samples
     names = ("q", "k_cache", "v_cache")
-    scale = _check_inputs(names, q, k_cache, v_cache, layout, rows, scale, softcap, window, sinks)
+    scale = _check_inputs(names, q, k_cache, v_cache, layout, rows, scale, softcap, sinks)
+    window = layout._narrowing(window)
     impl = resolve_impl("strided_attention_step", impl, q.device, q.dtype)
     if impl == "reference":
         return _reference.strided_attention_step(
@@ -118,11 +120,6 @@ def strided_attention_step(
         )
     sizes = (layout.length, layout.samples, layout.horizon, step)
     return _step_op(q, k_cache, v_cache, sinks, *layout.key_ranges, *sizes, scale, softcap, window, impl)
-
-
-def _check_layout(layout: object) -> None:
-    if not isinstance(layout, StridedLayout):
-        raise TypeError(f"layout: expected a StridedLayout, got {type(layout).__name__}")
 
 
 def _check_inputs(
@@ -134,7 +131,6 @@ def _check_inputs(
     query_rows: int,
     scale: float | None,
     softcap: float | None,
-    window: int | None,
     sinks: Tensor | None,
 ) -> float:
     """Check all arguments that both functions share; returns the scale to use."""
@@ -153,11 +149,11 @@ def _check_inputs(
         check_tensor("sinks", sinks, "H", sizes, dtype=FLOATING, device=q.device)
     if softcap is not None:
         check_positive("softcap", softcap)
-    if window is not None:
-        check_int("window", window, minimum=1)
     if scale is None:
-        return sizes["D"] ** -0.5
+        scale = sizes["D"] ** -0.5
     check_positive("scale", scale)
+    if softcap is not None:
+        check_positive("scale / softcap", scale / softcap)
     return float(scale)
 
 

@@ -73,8 +73,12 @@ def linear_log_probs(
         check_tensor("bias", bias, "V", sizes, dtype=hidden.dtype, device=hidden.device)
     check_positive("temperature", temperature)
     check_finite("scale", scale)
-    if softcap is not None:
+    if softcap is None:
+        check_finite("scale / temperature", scale / temperature)
+    else:
         check_positive("softcap", softcap)
+        check_finite("scale / softcap", scale / softcap)
+        check_positive("softcap / temperature", softcap / temperature)
     if chunk_size is not None:
         check_int("chunk_size", chunk_size, minimum=1)
     impl = resolve_impl("linear_log_probs", impl, hidden.device, hidden.dtype)

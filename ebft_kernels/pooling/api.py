@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, check_option, check_tensor
 from .._dispatch import implementation, resolve_impl
-from ..layout import StridedLayout
+from ..layout import StridedLayout, check_layout
 from . import _reference
 from ._common import empty_features
 from .modes import NORMALIZATIONS, POOLINGS, combine, last_counted
@@ -82,8 +82,7 @@ def check_hidden_states(
     hidden_states: object, layout: object, token_mask: Tensor | None, rollout_mask: Tensor | None
 ) -> list[Tensor]:
     """The checked arguments of :func:`pool_features` and of what else starts from hidden states."""
-    if not isinstance(layout, StridedLayout):
-        raise TypeError(f"layout: expected a StridedLayout, got {type(layout).__name__}")
+    check_layout(layout)
     if layout.horizon < 1:
         raise ValueError("layout: expected a horizon of at least 1, got 0")
     if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.utils import is_in_notebook
 
+from ebft_kernels._checks import check_positive
 from ebft_kernels.matching.api import ESTIMATORS, WHITENINGS
 from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS
 
@@ -138,6 +139,8 @@ class EBFTOptions:
         if self.vocabulary is not None:
             _check_int("vocabulary", self.vocabulary, 1)
         _check_number("temperature", self.temperature, "a number of at least 0", lambda x: x >= 0)
+        if self.temperature:
+            check_positive("temperature", self.temperature)
         _check_number("top_p", self.top_p, "a number above 0, at most 1", lambda x: 0 < x <= 1)
         for option in fields(EBFTOptions):
             _check_choice(option.name, getattr(self, option.name), option.metadata.get("choices"))

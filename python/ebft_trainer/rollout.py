@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft_kernels import StridedLayout, select_impl
-from ebft_kernels._checks import check_int, check_tensor
+from ebft_kernels._checks import check_int, check_positive, check_tensor
 from ebft_kernels.integrations._models import base_model
 from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head
 from ebft_kernels.logprob._native import block_statistics
@@ -156,6 +156,8 @@ def _check_options(temperature: float, top_p: float, top_k: int) -> None:
             raise TypeError(f"{name}: expected a number, got {value!r}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
+    if temperature:
+        check_positive("temperature", temperature)
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a number above 0, at most 1, got {top_p}")
     check_int("top_k", top_k, minimum=0)

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ebft_kernels import StridedLayout, strided_attention, strided_attention_step
+from ebft_kernels import StridedLayout, available_impls, strided_attention, strided_attention_step
 from ebft_kernels.attention import _plan, _torch
 from ebft_kernels.testing import (
     LAYOUTS,
@@ -65,6 +65,20 @@ def rollout_alone(q: Tensor, k: Tensor, v: Tensor, layout: StridedLayout, row: i
     tokens = [*range(start, anchor), *range(first, first + layout.horizon)]
     q, k, v = (x[row, :, tokens].repeat_interleave(q.shape[1] // x.shape[1], 0) for x in (q, k, v))
     return scaled_dot_product_attention(q, k, v, is_causal=True)[:, anchor - start :]
+
+
+@pytest.mark.parametrize("impl", available_impls("strided_attention", "cpu"))
+@pytest.mark.parametrize("window", (2**31, 2**32 + 1, 2**63 - 1, 2**70))
+def test_a_window_longer_than_every_sequence_is_no_window(window, impl):
+    layout = LAYOUTS["arbitrary"]()
+    inputs = [x.requires_grad_() for x in attention_inputs(layout)]
+    with_it, without = (
+        results_and_gradients(strided_attention(*inputs, layout, impl=impl, window=x), inputs) for x in (window, None)
+    )
+    assert all(map(torch.equal, with_it, without))
+    q, caches = layout.step_rows(inputs[0].transpose(1, 2), 1).transpose(1, 2), inputs[1:]
+    with_it, without = (strided_attention_step(q, *caches, layout, 1, impl=impl, window=x) for x in (window, None))
+    assert torch.equal(with_it, without)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

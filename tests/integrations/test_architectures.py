@@ -146,6 +146,18 @@ def test_documents_padding_and_anchors_anywhere(name, tiny):
     assert_within_budget(predictors[valid], eager[1][valid], truth[1][valid], "predicting rows")
 
 
+@pytest.mark.parametrize("window", (2**31, 2**32 + 3, 2**63 - 1))
+@torch.no_grad()
+def test_a_window_longer_than_every_sequence_is_no_window(window, tiny):
+    """A window that 32 bits cut to 3 would hide tokens."""
+    layout = tiny.strided_layout()
+    tokens = tiny.tokens_of(layout)
+    windowed, plain = tiny.build("mistral", sliding_window=window), tiny.build("mistral")
+    assert check_model(windowed).ok
+    for run in (packed_logits, cached_logits):
+        assert torch.equal(run(windowed, tokens, layout), run(plain, tokens, layout))
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 @torch.no_grad()
 def test_bfloat16(name, tiny):

@@ -91,6 +91,8 @@ def test_the_parser_of_transformers_reads_it(tmp_path):
         ({"horizon": 2.0}, TypeError, "horizon: expected an int, got 2.0"),
         ({"samples": True}, TypeError, "samples: expected an int, got True"),
         ({"top_k": -1}, ValueError, "top_k: expected at least 0, got -1"),
+        ({"top_k": 2**32}, ValueError, r"top_k: expected less than 2\^31, got 4294967296"),
+        ({"temperature": 1e-40}, ValueError, "temperature: expected what float32 can hold"),
         ({"temperature": -0.1}, ValueError, "temperature: expected a number of at least 0, got -0.1"),
         ({"temperature": float("nan")}, ValueError, "temperature: expected a number of at least 0, got nan"),
         ({"temperature": "hot"}, TypeError, "temperature: expected a number of at least 0, got 'hot'"),

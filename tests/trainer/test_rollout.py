@@ -284,6 +284,8 @@ def test_autocast(plain):
         ({"top_p": 0.0}, ValueError, "top_p: expected a number above 0, at most 1, got 0.0"),
         ({"top_p": 1.5}, ValueError, "top_p: expected a number above 0, at most 1, got 1.5"),
         ({"top_k": -1}, ValueError, "top_k: expected at least 0, got -1"),
+        ({"top_k": 2**31}, ValueError, r"top_k: expected less than 2\^31, got 2147483648"),
+        ({"temperature": 1e-40}, ValueError, "temperature: expected what float32 can hold"),
         ({"top_k": 2.5}, TypeError, "top_k: expected an int, got float"),
         ({"layout": None}, TypeError, "layout: expected a StridedLayout, got NoneType"),
         (
