@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _native, _triton
+from . import _native, _tiles, _triton
 from ._checks import check_option
 
 #: Implementations that can be asked for by name, fastest first where several are available.
@@ -57,7 +57,7 @@ def why_not(
         return ""
     if dtype is not None and dtype not in _triton.DTYPES:
         return f"it computes in {', '.join(str(x).removeprefix('torch.') for x in _triton.DTYPES)}, not in {dtype}"
-    return _triton.why_not(device.type)
+    return _triton.why_not(device.type) or _tiles.declines(op, sizes or {})
 
 
 def select_impl(

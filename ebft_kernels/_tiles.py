@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
-from ._triton import Target, Tile
+import torch
+
+from ._triton import MULTIPLIES_FLOAT64, Target, Tile, version
 
 # Attention, per family and kernel, for heads of up to 64, 128 and 256 numbers of 16 bits. forward, dq and step:
 # (BLOCK_M, BLOCK_N, BLOCK_E, warps, stages); dkdv and own, its launch over the rollouts' keys: (BLOCK_M, BLOCK_N,
@@ -139,6 +142,25 @@ def pooling_tiles(target: Target, layers: int, channels: int, itemsize: int, cop
     return [Tile({"BLOCK": block, "CHUNKS": chunks, "RESIDENT": int(resident)}, warps)]
 
 
+def declines(op: str, sizes: Mapping[str, int], *, layers: bool = False) -> str:
+    """Why there are no kernels of ``op`` for these sizes where there are kernels; "" if there are.
+
+    Args:
+        sizes: as for :func:`ebft_kernels.select_impl`.
+        layers: whether matching goes from hidden states to rewards in one kernel.
+    """
+    most = _most_distinct(bool(torch.version.hip), layers)
+    if op != "feature_matching" or sizes.get("n", 1) <= most or version() >= MULTIPLIES_FLOAT64:
+        return ""
+    needed, found = (".".join(map(str, x)) for x in (MULTIPLIES_FLOAT64, version()))
+    return f"more than {most} rollouts per anchor need Triton {needed}, there is {found}"
+
+
+def _most_distinct(is_amd: bool, layers: bool) -> int:
+    """Most rollouts whose inner products are summed up one by one; those of more are matrix products."""
+    return 4 if is_amd or layers else 8
+
+
 @functools.cache
 def matching_tiles(target: Target, n: int, itemsize: int, *, layers: bool = False) -> list[Tile]:
     """Tiles of the kernels that go from features, or from ``layers`` of hidden states, to rewards.
@@ -149,7 +171,7 @@ def matching_tiles(target: Target, n: int, itemsize: int, *, layers: bool = Fals
     float64 matrix cores, and scalar registers for the masks of 15 only. NVIDIA's consumer GPUs have next to no float64,
     so it is not for them to waste.
     """
-    distinct = n <= (4 if layers or target.arch.startswith("gfx") else 8)
+    distinct = n <= _most_distinct(target.arch.startswith("gfx"), layers)
     if target.arch == "interpreter":
         return [Tile({"A": 8 if distinct else 1, "BLOCK": 64, "V": 4, "DISTINCT": distinct}, 1)]
     width = 16 // itemsize

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+#: The oldest Triton that compiles the kernels, and the oldest that multiplies float64 matrices.
+OLDEST, MULTIPLIES_FLOAT64 = (3, 3), (3, 5)
+
 #: dtypes that the kernels compute in; float64 belongs to the other implementations.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,6 +51,20 @@ Launcher = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], Non
 
 
 @torch.compiler.assume_constant_result
+def version() -> tuple[int, int]:
+    """Major and minor version of Triton, which must be installed."""
+    return _version()
+
+
+@functools.cache
+def _version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@torch.compiler.assume_constant_result
 def why_not(device_type: str) -> str:
     """Why the kernels cannot run on tensors of this device type; "" if they can."""
     return _why_not(device_type)
@@ -57,16 +74,16 @@ def why_not(device_type: str) -> str:
 def _why_not(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device_type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return ""
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "on the CPU only in Triton's interpreter, for tests: TRITON_INTERPRET=1 in the environment"
-    if device_type != "cuda":
+    if device_type not in ("cpu", "cuda"):
         return f"there are none for {device_type}"
-    if not torch.cuda.is_available():
+    if device_type == "cuda" and not torch.cuda.is_available():
         return "there is no GPU"
-    if not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
+    if device_type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability() < (8, 0):
         return "they need compute capability 8.0"
+    if version() < OLDEST:
+        return f"they need Triton {OLDEST[0]}.{OLDEST[1]}, there is {version()[0]}.{version()[1]}"
     return ""
 
 
@@ -137,6 +154,7 @@ def _run(kernel, grid, args, device, tile, constants):
     if 0 in grid:
         return
     options = {**constants, **tile.sizes, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options["enable_fp_fusion"] = True  # the default, but Triton 3.9 announces another one
     if tile.max_registers is not None and target_of(device).arch.startswith("sm_"):
         options["maxnreg"] = tile.max_registers
     if _launcher is not None:

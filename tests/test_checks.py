@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ebft_kernels
-from ebft_kernels import _checks, _dispatch
+from ebft_kernels import _checks, _dispatch, _tiles, _triton
 
 OPS = (
     "strided_attention",
@@ -113,3 +113,28 @@ def test_an_explicit_choice_never_falls_back():
         ebft_kernels.available_impls("attention", "cpu")
     with pytest.raises(TypeError, match="dtype: expected float64, float32, bfloat16 or float16, got torch.int64"):
         ebft_kernels.select_impl("pool_features", "cpu", torch.int64)
+
+
+def test_an_older_triton_is_declined_for_what_it_cannot_compile(monkeypatch):
+    pytest.importorskip("triton")
+    device, few, many = torch.device("cpu"), {"n": 8}, {"n": 9}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_dispatch._native, "why_not", lambda _device_type: "not built")
+    _triton._why_not.cache_clear()
+    try:
+        monkeypatch.setattr(_triton, "_version", lambda: (3, 4))
+        assert not _dispatch.why_not("feature_matching", "triton", device, torch.float32, few)
+        assert not _dispatch.why_not("mean_embedding_loss", "triton", device, torch.float32, many)
+        assert not _tiles.declines("feature_matching", {"n": 4}, layers=True)
+        assert _tiles.declines("feature_matching", {"n": 5}, layers=True)
+        with pytest.raises(ValueError, match=r"more than 8 rollouts per anchor need Triton 3\.5, there is 3\.4\)"):
+            _dispatch.resolve_impl("feature_matching", "triton", device, torch.float32, many)
+        assert _dispatch.resolve_impl("feature_matching", "auto", device, torch.float32, many) == "torch"
+        monkeypatch.setattr(_triton, "_version", lambda: (3, 5))
+        assert not _dispatch.why_not("feature_matching", "triton", device, torch.float32, many)
+        monkeypatch.setattr(_triton, "_version", lambda: (3, 2))
+        _triton._why_not.cache_clear()
+        with pytest.raises(ValueError, match=r"they need Triton 3\.3, there is 3\.2\)"):
+            _dispatch.resolve_impl("pool_features", "triton", device, torch.float32)
+    finally:
+        _triton._why_not.cache_clear()

@@ -28,6 +28,7 @@ from ._triton_core import (
     same,
     score_factors,
     seen_keys,
+    settled,
     store_rows,
 )
 
@@ -339,8 +340,8 @@ def strided_attention_dkdv_kernel(
             row = (pair // R).to(tl.int64)
             q_tile = load_rows(q, head * q_head + row * q_row, D, PAD_D)  # [BM, D]
             grad_tile = load_rows(grad, head * grad_head + row * grad_row, DV, PAD_DV)  # [BM, DV]
-            row_lse = tl.load(lse + head * rows + row) * 1.4426950408889634  # [BM]
-            row_delta = tl.load(delta + head * rows + row)  # [BM]
+            row_lse = settled(tl.load(lse + head * rows + row)) * 1.4426950408889634  # [BM]
+            row_delta = settled(tl.load(delta + head * rows + row))  # [BM]
             acc_k, acc_v = key_gradients(
                 acc_k, acc_v, q_tile, grad_tile, row_lse, row_delta, k_tile, v_tile, None, inner, factor, SOFTCAP, False
             )
@@ -368,9 +369,14 @@ def strided_attention_dkdv_kernel(
         grad_tile = load_rows(grad, head * grad_head + row * grad_row, DV, PAD_DV)  # [BM, DV]
         row_lse = tl.load(lse + head * rows + row) * 1.4426950408889634  # [BM]
         row_delta = tl.load(delta + head * rows + row)  # [BM]
-        if OWN:
+        if OWN:  # few registers: nothing to settle
             start = own
             end = own_end
+        else:
+            row_lse = settled(row_lse)
+            row_delta = settled(row_delta)
+            start = settled(start)
+            end = settled(end)
         seen = present[None, :] & (key[:, None] >= start[None, :]) & (key[:, None] < end[None, :])
         acc_k, acc_v = key_gradients(
             acc_k, acc_v, q_tile, grad_tile, row_lse, row_delta, k_tile, v_tile, seen, inner, factor, SOFTCAP, True

@@ -17,10 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._triton import version
+
 LOG2E = 1.4426950408889634
 
 # A log-sum-exp that weighs nothing. Not -inf: the difference of two of them must not be NaN.
 NOTHING: tl.constexpr = tl.constexpr(-1e30)
+
+# Whether Triton loads fewer numbers than a program has threads in the layout of the product that they meet.
+SCATTERS: tl.constexpr = tl.constexpr(version() < (3, 7))
 
 
 @triton.jit
@@ -54,6 +59,18 @@ def same(index, count):
     the loop, and so needs no registers during the loop.
     """
     return index + tl.minimum(count, 0)
+
+
+@triton.jit
+def settled(x):
+    """``x`` [X], loaded in a loop over products, as it is.
+
+    Where Triton SCATTERS, each thread would copy up to X numbers, by an address of its own each, and registers run out:
+    there they go through shared memory instead, whose barriers others need not pay for.
+    """
+    if SCATTERS:
+        x = tl.gather(x, tl.arange(0, x.shape[0]), 0)
+    return x
 
 
 @triton.jit

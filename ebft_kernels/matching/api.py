@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, check_finite, check_int, check_option, check_tensor
 from .._dispatch import implementation, resolve_impl
+from .._tiles import declines
 from ..layout import StridedLayout
 from ..pooling import pool_features
 from ..pooling.api import check_hidden_states, feature_rows
@@ -230,6 +231,7 @@ def match_hidden_states(
     coefs = (float(alignment_coef), float(diversity_coef))
     in_one = resolved == "triton" and pooling != "mean" and groups in (1, layers) and layout.samples <= 16
     in_one = in_one and rollout_mask is None
+    in_one = in_one and not declines("feature_matching", {"n": layout.samples}, layers=True)
     if not in_one:
         masks = {"token_mask": token_mask, "rollout_mask": rollout_mask}
         features = pool_features(hidden_states, layout, pooling=pooling, normalize=normalize, impl=impl, **masks)
