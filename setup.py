@@ -8,6 +8,11 @@ The environment variable ``EBFT_KERNELS_BUILD`` says what to compile:
     cuda   the C++ and the CUDA kernels; fail if that does not work
     none   nothing
 
+``EBFT_KERNELS_CUDA_ARCHITECTURES`` says for which GPUs the CUDA kernels are compiled, which is quicker than for all:
+
+    80;90   these compute capabilities, some of ``TARGETS``
+    native  those of the GPUs of this machine, as its driver names them
+
 torch is not needed for it, and one binary serves all its versions.
 """
 
@@ -31,6 +36,10 @@ MODES = ("auto", "cpu", "cuda", "none")
 TARGETS = (80, 86, 89, 90, 100, 120)
 
 
+# Its name, where it is read and in messages.
+ARCHITECTURES = "EBFT_KERNELS_CUDA_ARCHITECTURES"
+
+
 def build_mode() -> str:
     """What ``EBFT_KERNELS_BUILD`` asks for."""
     mode = os.environ.get("EBFT_KERNELS_BUILD") or "auto"
@@ -51,7 +60,7 @@ int main() { return omp_get_thread_num(); }
 
 class BuildKernels(build_ext):
     """Compiles for every processor of the architecture, where AVX2 and AVX-512 code is chosen when it runs, and for
-    every GPU in ``TARGETS``."""
+    every GPU in ``TARGETS``, or those that are asked for."""
 
     def build_extensions(self) -> None:
         """Compile, and say in one line what was compiled and, in mode "auto", why not the rest."""
@@ -124,8 +133,43 @@ class BuildKernels(build_ext):
         return f"{', '.join(f'sm_{target}' for target in targets)} and PTX"
 
 
+def asked_targets() -> list[int] | None:
+    """What ``EBFT_KERNELS_CUDA_ARCHITECTURES`` asks for; empty: all that nvcc knows; None: native."""
+    asked = os.environ.get(ARCHITECTURES, "").strip()
+    names = [name.strip() for name in asked.split(";")] if asked else []
+    if names == ["native"]:
+        return None
+    if not set(names) <= {str(target) for target in TARGETS}:
+        known = ";".join(map(str, TARGETS))
+        raise SystemExit(f"{ARCHITECTURES}: expected 'native' or some of {known}, separated by ';'; got {asked!r}")
+    return sorted({int(name) for name in names})
+
+
+def targets_at_hand() -> list[int]:
+    """For each GPU of this machine its compute capability, or the nearest one before it that its code runs on."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"{ARCHITECTURES}: expected a GPU for 'native', but nvidia-smi found none ({error})"
+        ) from error
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", said, flags=re.M)
+    targets = set()
+    for major, minor in found:
+        # Machine code runs on later minor versions of its major version.
+        usable = [target for target in TARGETS if int(f"{major}0") <= target <= int(major + minor)]
+        if not usable:
+            known = ", ".join(map(str, TARGETS))
+            raise SystemExit(f"{ARCHITECTURES}: expected a GPU that runs code for one of {known}, got {major}.{minor}")
+        targets.add(usable[-1])
+    if not targets:
+        raise SystemExit(f"{ARCHITECTURES}: expected a GPU for 'native', but nvidia-smi found none (it said {said!r})")
+    return sorted(targets)
+
+
 def find_nvcc() -> tuple[str, list[int]]:
-    """nvcc, and those of ``TARGETS`` that it can compile for."""
+    """nvcc, and what it is to compile for: what is asked for, or those of ``TARGETS`` that it knows."""
     if not sys.platform.startswith("linux"):
         raise PlatformError("they are built on Linux only")
     nvcc = shutil.which("nvcc")
@@ -133,7 +177,11 @@ def find_nvcc() -> tuple[str, list[int]]:
         raise PlatformError("there is no nvcc on PATH")
     said = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True).stdout
     known = {int(number) for number in re.findall(r"\bsm_(\d+)\b", said)}
-    targets = [target for target in TARGETS if target in known]
+    asked = asked_targets()
+    wanted = targets_at_hand() if asked is None else asked
+    if unknown := sorted(set(wanted) - known):
+        raise SystemExit(f"{ARCHITECTURES}: expected what {nvcc} compiles for, got {';'.join(map(str, unknown))}")
+    targets = wanted or [target for target in TARGETS if target in known]
     if not targets:
         raise PlatformError(f"{nvcc} compiles for none of {', '.join(f'sm_{target}' for target in TARGETS)}")
     return nvcc, targets
@@ -157,6 +205,8 @@ EXTENSIONS = {
     "cuda": [CUDA_KERNELS, CPU_KERNELS],
     "none": [],
 }
+
+asked_targets()  # a mistake in it is one whatever is compiled
 
 setup(
     packages=[

@@ -227,7 +227,7 @@ def seeing_tiles(bounds, tiles, first_key, last_key):
         first = tl.minimum(first, tl.min(tl.where(some, tile, FAR), 0))
         last_end = tl.maximum(last_end, tl.max(tl.where(some, tile + 1, 0), 0))
         full = tl.minimum(full, tl.min(tl.where(every, tile, FAR), 0))
-        full_end = tl.minimum(full_end, tl.min(tl.where((tile > full) & ~every, tile, FAR), 0))
+        full_end = tl.minimum(full_end, tl.min(tl.where(every | (tile <= full), FAR, tile), 0))
     last_end = tl.maximum(last_end, first)
     full = tl.minimum(full, last_end)
     return first, last_end, full, tl.maximum(tl.minimum(full_end, last_end), full)

@@ -155,13 +155,13 @@ def _row_pointers(hidden, batch_stride, row_stride, batch, row, L: tl.constexpr,
 
 
 @triton.jit
-def _load_token(pointers, wanted, L: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """One token's hidden states, L * CHUNKS tiles [BLOCK] float32; zeros, and nothing is read, unless ``wanted``."""
+def _load_token(pointers, count, L: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """One token's hidden states, L * CHUNKS tiles [BLOCK] float32; zeros beyond the first ``count`` numbers of each."""
     tiles = ()
     for layer in tl.static_range(L):
         for chunk in tl.static_range(CHUNKS):
             columns = chunk * BLOCK + tl.arange(0, BLOCK)
-            tile = tl.load(pointers[layer] + columns, mask=(columns < C) & wanted, other=0.0)  # [BLOCK]
+            tile = tl.load(pointers[layer] + columns, mask=columns < count, other=0.0)  # [BLOCK]
             tiles = tiles + (tile.to(tl.float32),)
     return tiles
 
@@ -203,7 +203,7 @@ def _norms(squares, L: tl.constexpr):
 
 @triton.jit
 def _squares_from_memory(
-    pointers, wanted, L: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, JOINT: tl.constexpr
+    pointers, count, L: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, JOINT: tl.constexpr
 ):
     """As ``_inner`` of a token with itself, for one that is not kept."""
     sums = ()
@@ -211,7 +211,7 @@ def _squares_from_memory(
         squares = tl.zeros((BLOCK,), tl.float32)
         for chunk in range(CHUNKS):
             columns = chunk * BLOCK + tl.arange(0, BLOCK)
-            tile = tl.load(pointers[layer] + columns, mask=(columns < C) & wanted, other=0.0).to(tl.float32)  # [BLOCK]
+            tile = tl.load(pointers[layer] + columns, mask=columns < count, other=0.0).to(tl.float32)  # [BLOCK]
             squares += tile * tile
         sums = sums + (tl.sum(squares, 0),)
     return _over_layers(sums, L, JOINT)
@@ -239,7 +239,7 @@ def _sum_resident(
         sums = sums + (tl.zeros((BLOCK,), tl.float32),)
     for step in range(first, last):
         pointers = _row_pointers(hidden, batch_stride, row_stride, batch, tl.load(rows + step), L, ALIGN)
-        tiles = _load_token(pointers, True, L, C, CHUNKS, BLOCK)
+        tiles = _load_token(pointers, C, L, CHUNKS, BLOCK)
         counts = _counts(weight, step)
         if NORMALIZE != "none":
             norms = _norms(_inner(tiles, tiles, L, CHUNKS, NORMALIZE == "joint"), L)
@@ -265,7 +265,7 @@ def _norms_of_steps(
         every = every + (tl.full((KP,), 1.0, tl.float32),)
     for step in range(first, last):
         pointers = _row_pointers(hidden, batch_stride, row_stride, batch, tl.load(rows + step), L, ALIGN)
-        squares = _squares_from_memory(pointers, True, L, C, CHUNKS, BLOCK, NORMALIZE == "joint")
+        squares = _squares_from_memory(pointers, C, L, CHUNKS, BLOCK, NORMALIZE == "joint")
         norms = _norms(squares, L)
         new = ()
         for layer in tl.static_range(L):
@@ -373,7 +373,7 @@ def _gradient_tile(
     L: tl.constexpr, C: tl.constexpr, CONCAT: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of all features that took one row, times what the row counts in them: one tile [BLOCK]."""
-    total = tl.load(rollout_grad + layer_offset + columns, mask=(columns < C) & taken, other=0.0)  # [BLOCK]
+    total = tl.load(rollout_grad + layer_offset + columns, mask=columns < tl.where(taken, C, 0), other=0.0)  # [BLOCK]
     total *= rollout_counts
     for i in range(first, last):
         use = tl.load(order + i)
@@ -442,7 +442,7 @@ def pool_bwd_kernel(
     if CONCAT:
         layer_size *= K
     pointers = _row_pointers(hidden, batch_stride, row_stride, batch, row, L, ALIGN)
-    wanted = taken | (first < last)
+    count = tl.where(taken | (first < last), C, 0)  # of the numbers of a layer that are read
     JOINT: tl.constexpr = NORMALIZE == "joint"
 
     if RESIDENT:
@@ -456,11 +456,11 @@ def pool_bwd_kernel(
             totals = totals + (total,)
         tiles = totals
         if NORMALIZE != "none":
-            tiles = _load_token(pointers, wanted, L, C, CHUNKS, BLOCK)
+            tiles = _load_token(pointers, count, L, CHUNKS, BLOCK)
             squares = _inner(tiles, tiles, L, CHUNKS, JOINT)
             along = _along(_inner(tiles, totals, L, CHUNKS, JOINT), squares, L)
     elif NORMALIZE != "none":
-        squares = _squares_from_memory(pointers, wanted, L, C, CHUNKS, BLOCK, JOINT)
+        squares = _squares_from_memory(pointers, count, L, CHUNKS, BLOCK, JOINT)
         products = ()
         for layer in tl.static_range(L):
             sums = tl.zeros((BLOCK,), tl.float32)
@@ -470,7 +470,7 @@ def pool_bwd_kernel(
                     columns, layer * layer_size, rollout_grad, taken, counts, grad_targets, weight, order,
                     first, last, index, K, L, C, CONCAT, MEAN,
                 )  # fmt: skip
-                tile = tl.load(pointers[layer] + columns, mask=(columns < C) & wanted, other=0.0)  # [BLOCK]
+                tile = tl.load(pointers[layer] + columns, mask=columns < count, other=0.0)  # [BLOCK]
                 sums += total * tile.to(tl.float32)
             products = products + (tl.sum(sums, 0),)
         along = _along(_over_layers(products, L, JOINT), squares, L)
@@ -490,7 +490,7 @@ def pool_bwd_kernel(
             if RESIDENT:
                 tile = tiles[i]
             else:
-                tile = tl.load(pointers[i // CHUNKS] + columns, mask=(columns < C) & wanted, other=0.0)  # [BLOCK]
+                tile = tl.load(pointers[i // CHUNKS] + columns, mask=columns < count, other=0.0)  # [BLOCK]
             total = tl.div_rn(total - tile.to(tl.float32) * along[i // CHUNKS], norms[i // CHUNKS])
         out = grads[i // CHUNKS] + (batch * S + row) * C + columns
         tl.store(out, total.to(out.dtype.element_ty), mask=columns < C)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import tarfile
 import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import torch
 
 from ebft_kernels import _native
@@ -125,11 +128,11 @@ def without_nvcc() -> str:
     return os.pathsep.join(x for x in os.environ["PATH"].split(os.pathsep) if not (Path(x) / "nvcc").exists())
 
 
-def script(folder: Path, text: str) -> str:
-    """Makes ``text`` the nvcc of a folder, which is returned as an entry of PATH."""
-    folder.mkdir()
-    (folder / "nvcc").write_text(f"#!/bin/sh\n{text}\n")
-    (folder / "nvcc").chmod(0o755)
+def script(folder: Path, text: str, name: str = "nvcc") -> str:
+    """Makes ``text`` the nvcc of a folder, or another program, which is returned as an entry of PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
     return str(folder)
 
 
@@ -213,3 +216,63 @@ def test_another_value_of_the_switch_is_refused(tools, sources, tmp_path):
     python, said = install(tools, sources, tmp_path, EBFT_KERNELS_BUILD="rocm")
     assert python is None
     assert "EBFT_KERNELS_BUILD: expected one of auto, cpu, cuda, none; got 'rocm'" in said
+
+
+@pytest.fixture
+def load_setup(monkeypatch):
+    """setup.py as a module, with nothing built, for a value of ``EBFT_KERNELS_CUDA_ARCHITECTURES``."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_options: None)
+
+    def load(architectures: str) -> dict[str, Any]:
+        monkeypatch.setenv("EBFT_KERNELS_CUDA_ARCHITECTURES", architectures)
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+    return load
+
+
+KNOWN_NVCC = "echo sm_75 sm_80 sm_86 sm_90"
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "expected"),
+    [
+        ("", "exit 1", [80, 86, 90]),
+        ("90", "exit 1", [90]),
+        (" 90; 80 ;90 ", "exit 1", [80, 90]),
+        ("native", "echo 9.0; echo 9.0", [90]),
+        ("native", "echo 8.0; echo 9.0", [80, 90]),
+        ("native", "echo 8.7", [86]),
+    ],
+)
+def test_the_gpus_that_are_asked_for(asked, gpus, expected, load_setup, tmp_path, monkeypatch):
+    script(tmp_path / "bin", gpus, "nvidia-smi")
+    monkeypatch.setenv("PATH", script(tmp_path / "bin", KNOWN_NVCC), prepend=os.pathsep)
+    assert load_setup(asked)["find_nvcc"]() == (str(tmp_path / "bin" / "nvcc"), expected)
+
+
+@pytest.mark.parametrize("asked", ["80,90", "sm_90", "90a", "70", "native;90", ";"])
+def test_other_gpus_than_there_is_code_for_are_refused_whatever_is_built(asked, load_setup):
+    expected = (
+        "EBFT_KERNELS_CUDA_ARCHITECTURES: expected 'native' or some of 80;86;89;90;100;120, separated by ';'; got "
+    )
+    with pytest.raises(SystemExit, match=re.escape(f"{expected}{asked!r}")):
+        load_setup(asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "message"),
+    [
+        ("native", None, "expected a GPU for 'native', but nvidia-smi found none ("),
+        ("native", "exit 9", "expected a GPU for 'native', but nvidia-smi found none (Command"),
+        ("native", "echo No devices", "expected a GPU for 'native', but nvidia-smi found none (it said 'No devices"),
+        ("native", "echo 7.5", "expected a GPU that runs code for one of 80, 86, 89, 90, 100, 120, got 7.5"),
+        ("native", "echo 10.0", "nvcc compiles for, got 100"),
+        ("90;120", "exit 9", "nvcc compiles for, got 120"),
+    ],
+)
+def test_gpus_that_are_not_there_or_that_nvcc_does_not_know(asked, gpus, message, load_setup, tmp_path, monkeypatch):
+    if gpus is not None:
+        script(tmp_path / "bin", gpus, "nvidia-smi")
+    monkeypatch.setenv("PATH", script(tmp_path / "bin", KNOWN_NVCC), prepend=os.pathsep if gpus else None)
+    with pytest.raises(SystemExit, match=f"EBFT_KERNELS_CUDA_ARCHITECTURES: .*{re.escape(message)}"):
+        load_setup(asked)["find_nvcc"]()
