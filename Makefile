@@ -3,14 +3,22 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# A process per core, of one thread each: threads that wait for each other on tiny tensors only cost time.
+BESIDE := --numprocesses 2 --dist worksteal
 
-.PHONY: demo test bench bench-docs lint format clean
+.PHONY: demo test test-fast bench bench-docs lint format clean
 
 demo: $(READY)
 	$(BIN)/ebft-train demo --output demo-output --overwrite
 
+# Everything, on two cores: first the tests that may run beside others, then those that measure.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE) -m "not speed"
+	$(BIN)/python -m pytest -m speed
+
+# For while one works: nothing that measures, compiles or starts many processes.
+test-fast: $(READY)
+	$(BIN)/python -m pytest $(BESIDE) -m "not speed and not heavy"
 
 # A selection for a CPU, some minutes; results, tables and plots in bench-output.
 bench: $(READY)

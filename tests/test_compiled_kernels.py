@@ -30,6 +30,7 @@ def kernel_names() -> set[str]:
     return found
 
 
+@pytest.mark.speed
 @pytest.mark.timeout(1800)  # some minutes on two cores, if nobody else works on them
 def test_the_document_is_what_the_kernels_compile_to_and_nothing_is_wrong_with_them():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -44,6 +44,7 @@ def test_build_info_names_the_chosen_implementation_of_every_op_and_what_is_miss
         assert all((impl in missing) if impl == "triton" else (impl in info[op]) for impl in impls)
 
 
+@pytest.mark.heavy
 def test_self_test_covers_every_op_and_passes(capsys):
     assert ebft_kernels.self_test(device="cpu")
     table = capsys.readouterr().out
@@ -107,6 +108,7 @@ class TestFaults:
         assert all("in a second run: other numbers" in line for line in self.broken(monkeypatch, capsys, fault))
 
 
+@pytest.mark.heavy
 def test_faults_in_the_layouts_kernels_are_found(monkeypatch, capsys):
     from ebft_kernels import _layout_triton
 

@@ -7,6 +7,8 @@ import torch
 
 from bench import launch_overhead
 
+pytestmark = pytest.mark.speed
+
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, launch_overhead.Overhead]:

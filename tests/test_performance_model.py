@@ -38,6 +38,7 @@ def as_large_as_life():
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+@pytest.mark.heavy
 def test_the_document_is_what_the_code_gives():
     command = [sys.executable, "-m", "bench.performance_model", "--check"]
     result = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)

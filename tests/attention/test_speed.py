@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -13,6 +14,8 @@ from ebft_kernels import StridedLayout, strided_attention
 from ebft_kernels.testing import attention_inputs
 
 from ..op_checks import results_and_gradients
+
+pytestmark = pytest.mark.speed
 
 
 def cpu_seconds(*functions: Callable[[], object], rounds: int) -> list[float]:

@@ -355,6 +355,7 @@ print(len(launches), {name: len(kernels) for name, kernels in compiled.items()})
 """
 
 
+@pytest.mark.heavy
 def test_one_compiled_kernel_serves_ten_geometries(tmp_path):
     """Compiled for a GPU that is not there, in a process without the interpreter; nothing is run."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

@@ -29,6 +29,7 @@ def sanitize(sources: list[Path], folder: Path) -> subprocess.CompletedProcess[s
     return subprocess.run([program], capture_output=True, text=True)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 def test_kernels_under_sanitizers(tmp_path):
     result = sanitize([*KERNELS, HERE / "sanitized.cpp"], tmp_path)

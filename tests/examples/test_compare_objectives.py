@@ -28,6 +28,7 @@ def compare(modules, monkeypatch):
     gc.unfreeze()
 
 
+@pytest.mark.heavy
 def test_it_runs_is_gone_on_with_and_reports(compare, tmp_path, capsys):
     command = [str(tmp_path), "--scale", "toy"]
     compare.main([*command, "--minutes", "0"])

@@ -459,6 +459,7 @@ def test_compiles_without_breaks_and_without_recompiling_for_sizes(several):
     assert_compiles(log_probs, calls, graphs=2)  # one for the first sizes, one for all others
 
 
+@pytest.mark.speed
 def test_little_slower_than_its_matrix_products():
     """One product forward, three backward. The goal is 1.3 times; the bound leaves room for a busy machine."""
     hidden, weight, targets, _ = inputs(1024, 256, 8192, dtype=torch.float32)

@@ -362,6 +362,7 @@ def test_compiles_without_breaks_and_without_recompiling_for_sizes():
     assert_compiles(match, [feature_inputs(*size) for size in sizes], graphs=2)  # the first sizes, all others
 
 
+@pytest.mark.speed
 @pytest.mark.parametrize("impl", IMPLS[: IMPLS.index("reference")])
 def test_much_faster_than_feature_space(impl):
     """At the size of a real step, on two threads. Plain PyTorch reaches 10 to 13 alone; its bound is for busy days."""

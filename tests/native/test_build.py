@@ -33,6 +33,7 @@ def test_the_module_is_there_where_a_compiler_is():
     assert not _native.why_not("cpu")
 
 
+@pytest.mark.heavy
 @needs_compiler
 def test_kernels_under_sanitizers(tmp_path):
     flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", "-fopenmp"]  # optimised, it takes twice as long
@@ -140,6 +141,7 @@ SELECT = "import torch\nprint(ek.select_impl('feature_matching', 'cpu', torch.fl
 INFO = "print(ek.build_info()['native'])"
 
 
+@pytest.mark.heavy
 @needs_nvcc
 @needs_compiler
 def test_the_sdist_holds_all_that_the_cpu_and_cuda_kernels_need(tools, sources, tmp_path):
@@ -158,6 +160,7 @@ def test_the_sdist_holds_all_that_the_cpu_and_cuda_kernels_need(tools, sources, 
     assert "; CUDA: sm_80 and PTX, compiled by CUDA " in in_environment(python, INFO)
 
 
+@pytest.mark.heavy
 @needs_compiler
 def test_without_nvcc_the_kernels_for_the_cpu_are_installed(tools, sources, tmp_path):
     python, said = install(tools, sources, tmp_path, PATH=without_nvcc())
@@ -168,6 +171,7 @@ def test_without_nvcc_the_kernels_for_the_cpu_are_installed(tools, sources, tmp_
     assert "; CUDA: none, the CUDA module was not built" in in_environment(python, INFO)
 
 
+@pytest.mark.heavy
 def test_without_a_compiler_the_rest_is_installed_and_one_line_says_why(tools, sources, tmp_path):
     python, said = install(tools, sources, tmp_path, PATH=str(tmp_path))
     assert python, said
@@ -205,6 +209,7 @@ def test_where_kernels_are_asked_for_a_missing_compiler_is_an_error(mode, reason
     assert python is None and re.search(reason, said), said
 
 
+@pytest.mark.heavy
 def test_none_installs_what_runs_on_every_platform(tools, sources, tmp_path):
     python, said = install(tools, sources, tmp_path, EBFT_KERNELS_BUILD="none")
     assert python, said

@@ -305,6 +305,7 @@ def test_results_fill_their_whole_memory():
     assert all(z.isfinite().all() for z in torch.autograd.grad(loss, (x, y)))
 
 
+@pytest.mark.speed
 @pytest.mark.usefixtures("compiled")
 def test_much_faster_than_feature_space():
     """At the size of a real step. The goal is 20 times."""

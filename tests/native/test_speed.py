@@ -19,7 +19,7 @@ from ebft_kernels.testing import attention_inputs, feature_inputs, randn
 from ..attention.test_speed import cpu_seconds
 
 DTYPES = (torch.float32, torch.bfloat16)
-pytestmark = pytest.mark.usefixtures("compiled", "_not_poisoned")
+pytestmark = [pytest.mark.speed, pytest.mark.usefixtures("compiled", "_not_poisoned")]
 
 
 @pytest.fixture

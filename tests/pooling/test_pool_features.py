@@ -334,6 +334,7 @@ def test_compiles_without_breaks_and_without_recompiling_for_sizes(pooling):
     assert_compiles(pool, calls, graphs=2)  # one for the first sizes, one for all others
 
 
+@pytest.mark.speed
 def test_much_faster_than_all_tokens():
     layout = StridedLayout.strided(1, 512, context=8, stride=8, horizon=8, samples=4)
     hidden = hidden_inputs(layout, channels=512, dtype=torch.float32)

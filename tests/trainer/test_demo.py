@@ -25,6 +25,7 @@ def run(model_folder, tmp_path):
     return start
 
 
+@pytest.mark.heavy
 def test_it_compares_both_methods_from_one_start_and_is_deterministic(run, tmp_path, capsys):
     results = run()
     printed = capsys.readouterr().out

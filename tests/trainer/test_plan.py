@@ -108,6 +108,7 @@ def measured() -> dict[str, tuple[dict, dict]]:
     return out
 
 
+@pytest.mark.speed
 def test_peak_memory_is_within_15_percent(measured):
     for name, (objectives, real) in measured.items():
         memory = objectives["ebft"]["memory"]
@@ -116,6 +117,7 @@ def test_peak_memory_is_within_15_percent(measured):
         assert abs(real["peak"] / predicted - 1) < 0.15, (name, real["peak"], predicted)
 
 
+@pytest.mark.speed
 def test_times_are_ranked_as_they_are(measured):
     """Whatever is predicted to take twice as long does take longer: of objectives, and of configurations."""
     pairs = 0
@@ -133,6 +135,7 @@ def test_times_are_ranked_as_they_are(measured):
     assert pairs >= 20
 
 
+@pytest.mark.speed
 @pytest.mark.skipif("native" not in available_impls("strided_attention", "cpu"), reason="no compiled attention")
 def test_workspace_of_attention_is_what_it_takes():
     for name, (real, predicted) in measured_by("measured_attention.py").items():

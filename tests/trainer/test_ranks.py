@@ -89,6 +89,7 @@ def assert_same_log(actual, expected):
                 assert found[name] == pytest.approx(line[name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "reference", "kind"),
     [

@@ -80,6 +80,7 @@ def environment() -> dict[str, str]:
 # Killed
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("attempts", "seed"), [(5, 0), *(pytest.param(50, seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
 )

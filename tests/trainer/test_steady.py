@@ -6,6 +6,7 @@ import functools
 import gc
 import sys
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -36,6 +37,7 @@ def cache_entries() -> int:
     return sum(cache.cache_info().currsize for cache in caches)
 
 
+@pytest.mark.heavy
 def test_nothing_grows_over_200_steps_of_ever_other_shapes(plain, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer_callback.PrinterCallback.on_log", lambda *_args, **_kwargs: None)
     config = EBFTConfig(
