@@ -92,9 +92,11 @@ def eager_attention(
         mask: [B, 1, S, S] bool, True = may attend.
         scale, softcap, sinks: as for ``strided_attention``.
         how: "normalize first": divide by the sum of the weights before the product with v; "normalize last": after it;
-            "fused": ``F.scaled_dot_product_attention``, which has no softcap. They round differently.
+            "fused": ``F.scaled_dot_product_attention``, which has no softcap; "recomputed": weights from a log-sum-exp
+            and from scores that are computed once more, channels in another order, as in backward passes
+            that keep no weights. They round differently.
     """
-    check_option("how", how, ("normalize first", "normalize last", "fused"))
+    check_option("how", how, ("normalize first", "normalize last", "fused", "recomputed"))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     if sinks is not None:  # one more key, all zero, whose score is the sink and whose value is zero
         k, v, mask = pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1)), pad(mask, (0, 1), value=True)
@@ -104,11 +106,16 @@ def eager_attention(
     bias = bias.expand(*q.shape[:3], k.shape[2]).masked_fill(~mask, float("-inf"))
     if how == "fused":
         return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores + bias
+
+    def scores_of(q: Tensor, k: Tensor) -> Tensor:
+        scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+        return (scores if softcap is None else torch.tanh(scores / softcap) * softcap) + bias
+
+    scores = scores_of(q, k)
     dtype = torch.promote_types(scores.dtype, torch.float32)
+    if how == "recomputed":
+        total = scores.to(dtype).logsumexp(-1, keepdim=True)
+        return torch.matmul((scores_of(q.flip(-1), k.flip(-1)).to(dtype) - total).exp().to(v.dtype), v)
     if how == "normalize first":
         return torch.matmul(torch.softmax(scores, -1, dtype=dtype).to(v.dtype), v)
     weights = torch.exp(scores.to(dtype) - scores.amax(-1, keepdim=True).detach())
