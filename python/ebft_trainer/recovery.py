@@ -252,7 +252,8 @@ def stop_on_signals(trainer: RecoveringTrainer) -> Iterator[list[str]]:
     """SIGTERM and SIGINT stop `train` after the running step, and raise `Stopped` where it does not run.
 
     In one process a second SIGINT raises it at once. (With several, the launcher passes on what the terminal has sent
-    already.) Outside the main thread, which alone receives signals, nothing is changed.
+    already.) A signal that is ignored, as in a job in the background, stays so. Outside the main thread, which alone
+    receives signals, nothing is changed.
 
     Yields:
         Names of the signals that came.
@@ -270,7 +271,8 @@ def stop_on_signals(trainer: RecoveringTrainer) -> Iterator[list[str]]:
     if threading.current_thread() is not threading.main_thread():
         yield came
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    heard = [x for x in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(x) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield came
     finally:

@@ -399,6 +399,11 @@ def test_signals_stop_training_and_interrupt_what_else_is_done(trainer):
     with pytest.raises(Stopped), stop_on_signals(twice):
         twice.train()
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_on_signals(run) as came:
+        signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before[1])
+    assert came == []
     with ThreadPoolExecutor() as threads:  # where signals do not come
         assert threads.submit(lambda: stop_on_signals(run).__enter__()).result() == []
 
