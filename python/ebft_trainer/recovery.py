@@ -203,8 +203,12 @@ class RecoveringTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """What the optimizer has gathered and where the schedule stands; the options of both are those asked for now."""
+        asked = [{name: x for name, x in group.items() if name != "params"} for group in self.optimizer.param_groups]
         with _loading("the optimizer's state", checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and not self.is_deepspeed_enabled:
+            _set_options(self.optimizer, self.lr_scheduler, asked)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with _loading("the gradient scaler's state", checkpoint):
@@ -348,6 +352,17 @@ def _load_weights(model: nn.Module, folder: str) -> None:
     shapes = [f"{name} {list(found)}, not {list(expected)}" for name, found, expected in report["mismatched_keys"]]
     _require_same(report["missing_keys"], report["unexpected_keys"], shapes)
     model.load_state_dict(loaded.state_dict())
+
+
+def _set_options(optimizer: Any, schedule: Any, asked: list[dict[str, Any]]) -> None:
+    """Give loaded parameter groups the options of ``asked``; the learning rate keeps its share of the initial one."""
+    for group, options in zip(optimizer.param_groups, asked, strict=True):
+        initial, now = group.get("initial_lr"), group["lr"]
+        group.update(options)
+        group["lr"] = now * (options["initial_lr"] / initial) if initial else now
+    if hasattr(schedule, "base_lrs"):
+        schedule.base_lrs = [options["initial_lr"] for options in asked]
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def _check_adapters(model: nn.Module, folder: Path) -> None:

@@ -333,6 +333,23 @@ def test_adapters_are_loaded_all_or_none(trainer, plain, tmp_path):
             trainer(model=adapted(**options)).train(resume_from_checkpoint=True)
 
 
+def test_options_of_the_optimizer_are_those_of_the_run_that_resumes(trainer, tmp_path):
+    """Loaded states are not to bring the old ones back; the schedule goes on where it was."""
+    options = {"lr_scheduler_type": "linear", "max_steps": 4}
+    trainer(**options).train()
+    used = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, _args, _state, _control, optimizer=None, **_others):
+            used.append(optimizer.param_groups[0]["lr"])
+
+    resumed = trainer([Rates()], learning_rate=4e-2, weight_decay=0.25, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    rates = [line["learning_rate"] for line in resumed.state.log_history if "loss" in line]
+    assert rates == pytest.approx([1e-2, 0.75e-2, 2e-2, 1e-2]) and used == rates[2:]
+    assert {group["weight_decay"] for group in resumed.optimizer.param_groups} == {0.25, 0.0}
+
+
 # The mean of a whole run
 
 
