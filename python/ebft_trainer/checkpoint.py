@@ -25,7 +25,7 @@ UNFINISHED = "_unfinished"
 _CHUNK = 1 << 24
 # What a run that is resumed reads: none of it may stand beside a manifest that does not know it.
 _LOADED = re.compile(
-    r"(model|pytorch_model|adapter_model).*\.(safetensors|bin|json)|(optimizer|scheduler|scaler)\.(pt|bin)"
+    r"(model|pytorch_model|adapter_model).*\.(safetensors|bin)(\.index\.json)?|(optimizer|scheduler|scaler)\.(pt|bin)"
     rf"|rng_state.*\.pth|{re.escape(STATE_FILE)}"
 )
 

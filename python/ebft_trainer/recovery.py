@@ -203,7 +203,7 @@ class RecoveringTrainer(Trainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """What the optimizer has gathered and where the schedule stands; the options of both are those asked for now."""
+        """What the optimizer has gathered and where the schedule stands; the options of both are those given now."""
         asked = [{name: x for name, x in group.items() if name != "params"} for group in self.optimizer.param_groups]
         with _loading("the optimizer's state", checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
