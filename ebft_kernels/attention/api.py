@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, check_int, check_option, check_positive, check_tensor
 from .._dispatch import autocast_inputs, implementation, resolve_impl
+from .._transforms import check_transforms, once_differentiable
 from ..layout import KeyRanges, StridedLayout, check_layout
 from . import _reference
 from ._common import empty_output, statistics_dtype
@@ -65,6 +66,7 @@ def strided_attention(
     if impl == "reference":
         options = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks, "block": block}
         return _reference.strided_attention(q, k, v, layout, **options)
+    check_transforms("strided_attention", q, k, v, sinks)
     sizes = (layout.length, layout.samples, layout.horizon)
     out, _ = _forward_op(q, k, v, sinks, *layout.key_ranges, *sizes, scale, softcap, window, block == "full", impl)
     return out
@@ -183,20 +185,28 @@ def _(q, _k, v, *_rest):
 @torch.library.custom_op(
     "ebft_kernels::strided_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_GEOMETRY}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor out, Tensor lse, "
+    f"{_GEOMETRY}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward_op(grad, q, k, v, out, lse, prefix_start, prefix_end, own_start, *rest):
-    """Gradients of q, k and v, each contiguous, in their dtype."""
+def _backward_op(grad, q, k, v, sinks, out, lse, prefix_start, prefix_end, own_start, *rest):
+    """Gradients of q, k, v and sinks, contiguous, in their dtype; an empty tensor where there are no sinks."""
     ranges = KeyRanges(prefix_start, prefix_end, own_start)
     *options, impl = rest
     with torch.autocast(q.device.type, enabled=False):
-        return implementation("strided_attention", impl).backward(grad, q, k, v, out, lse, ranges, *options)
+        grads = implementation("strided_attention", impl).backward(grad, q, k, v, out, lse, ranges, *options)
+    if sinks is None:
+        return *grads, q.new_empty(0)
+    # A sink is one more logit whose value vector is 0: d loss / d sink = -sum over rows of weight * <grad, out>.
+    weight = torch.exp(sinks[:, None] - lse)  # [B, H, S]
+    return *grads, -(weight * (grad.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
 
 
 @_backward_op.register_fake
-def _(_grad, q, k, v, *_rest):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _(_grad, q, k, v, sinks, *_rest):
+    return *(x.new_empty(x.shape) for x in (q, k, v)), q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+
+
+once_differentiable("strided_attention", _backward_op)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -208,16 +218,11 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad, _grad_lse):
-    q, k, v, sinks, out, lse, *ranges = ctx.saved_tensors
-    rest = (None,) * (len(ranges) + len(ctx.options))
+    rest = (None,) * (3 + len(ctx.options))
     if grad is None:
         return None, None, None, None, *rest
-    grad_sinks = None
-    if ctx.needs_input_grad[3]:
-        # A sink is one more logit whose value vector is 0: d loss / d sink = -sum over rows of weight * <grad, out>.
-        weight = torch.exp(sinks[:, None] - lse)  # [B, H, S]
-        grad_sinks = -(weight * (grad.to(lse.dtype) * out).sum(-1)).sum((0, 2)).to(sinks.dtype)
-    return *_backward_op(grad, q, k, v, out, lse, *ranges, *ctx.options), grad_sinks, *rest
+    *grads, grad_sinks = _backward_op(grad, *ctx.saved_tensors, *ctx.options)
+    return *grads, grad_sinks if ctx.needs_input_grad[3] else None, *rest
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)

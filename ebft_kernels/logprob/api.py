@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, INTEGER, check_finite, check_int, check_positive, check_tensor
 from .._dispatch import autocast_inputs, implementation, resolve_impl
+from .._transforms import check_transforms, once_differentiable
 from . import _reference
 
 
@@ -86,6 +87,7 @@ def linear_log_probs(
         return _reference.linear_log_probs(
             hidden, weight, targets, rows=rows, bias=bias, temperature=temperature, softcap=softcap, scale=scale
         )
+    check_transforms("linear_log_probs", hidden, weight, bias)
     options = (float(temperature), None if softcap is None else float(softcap), float(scale), chunk_size, impl)
     scored = targets.reshape(-1), None if rows is None else rows.reshape(-1)
     log_probs, _ = _forward_op(hidden.reshape(-1, sizes["C"]), weight, *scored, bias, *options)
@@ -138,6 +140,9 @@ def _(_grad, _statistics, hidden, weight, _targets, _rows, bias, needs, *_option
         x.new_empty(x.shape) if need else hidden.new_empty(0)
         for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
+
+
+once_differentiable("linear_log_probs", _backward_op)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -11,6 +11,7 @@ from torch import Tensor
 from .._checks import FLOATING, check_finite, check_int, check_option, check_tensor
 from .._dispatch import implementation, resolve_impl
 from .._tiles import declines
+from .._transforms import check_transforms, once_differentiable
 from ..layout import StridedLayout
 from ..pooling import pool_features
 from ..pooling.api import check_hidden_states, feature_rows
@@ -83,6 +84,7 @@ def mean_embedding_loss(
     if impl == "reference":
         loss = _reference.mean_embedding_loss(rollout_features, target_features, unbiased=unbiased)
     else:
+        check_transforms("mean_embedding_loss", rollout_features, target_features)
         loss, _ = _mean_embedding_op(rollout_features, target_features, unbiased, impl)
     if valid is not None:
         loss = loss.where(valid, 0)
@@ -312,6 +314,9 @@ def _mean_embedding_backward_op(grad, rollouts, difference, unbiased, impl):
 @_mean_embedding_backward_op.register_fake
 def _(_grad, rollouts, difference, _unbiased, _impl):
     return rollouts.new_empty(rollouts.shape), rollouts.new_empty(difference.shape)
+
+
+once_differentiable("mean_embedding_loss", _mean_embedding_backward_op)
 
 
 def _save_for_backward(ctx, inputs, output):

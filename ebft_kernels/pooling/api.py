@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, check_option, check_tensor
 from .._dispatch import implementation, resolve_impl
+from .._transforms import check_transforms, map_in_turn, once_differentiable
 from ..layout import StridedLayout, check_layout
 from . import _reference
 from ._common import empty_features
@@ -72,6 +73,7 @@ def pool_features(
             token_mask=token_mask,
             rollout_mask=rollout_mask,
         )
+    check_transforms("pool_features", *hidden_states)
     if rollout_mask is not None:
         return _pool_by_own_masks(hidden_states, layout, token_mask, rollout_mask, pooling, normalize, impl)
     rollout_rows, target_rows, weight = feature_rows(layout, token_mask, last_only=POOLINGS[pooling].last_only)
@@ -183,6 +185,11 @@ def _backward_op(grad_rollouts, grad_targets, hidden_states, *options):
 @_backward_op.register_fake
 def _(_grad_rollouts, _grad_targets, hidden_states, *_options):
     return [hidden.new_empty(hidden.shape) for hidden in hidden_states]
+
+
+once_differentiable("pool_features", _backward_op)
+map_in_turn(_forward_op)
+map_in_turn(_backward_op)
 
 
 def _save_for_backward(ctx, inputs, output):  # noqa: ARG001

@@ -368,7 +368,7 @@ def _attention(on_cpu: bool, q: Tensor, k: Tensor, v: Tensor, _sinks: Any, *rang
 
 
 def _attention_backward(
-    on_cpu: bool, _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, _out: Tensor, _lse: Tensor, *rest: Any
+    on_cpu: bool, _grad: Tensor, q: Tensor, k: Tensor, v: Tensor, _sinks: Any, _out: Tensor, _lse: Tensor, *rest: Any
 ) -> int:
     """The same with the keys twice, and their gradients by parts; on a GPU one float32 per row and head."""
     if not on_cpu:

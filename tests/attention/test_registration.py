@@ -39,7 +39,7 @@ def test_opcheck(softcap, window, full, with_sinks):
     with torch.no_grad():
         out, lse = api._forward_op(q, k, v, sinks, *geometry(layout), *options)
         detached = [x.detach() for x in (q, k, v)]
-        torch.library.opcheck(api._backward_op, (out, *detached, out, lse, *geometry(layout), *options))
+        torch.library.opcheck(api._backward_op, (out, *detached, sinks, out, lse, *geometry(layout), *options))
         rows = layout.step_rows(detached[0].transpose(1, 2), 1).transpose(1, 2)
         torch.library.opcheck(api._step_op, (rows, *detached[1:], None, *geometry(layout), 1, *options[:3], "torch"))
 
@@ -140,14 +140,6 @@ def test_inputs_of_any_strides(impl):
             results.append(results_and_gradients(out, views))
         for a, b in zip(*results, strict=True):
             assert (a - b).abs().max() <= 100 * EPS * b.abs().max()
-
-
-def test_second_derivative_is_refused():
-    layout = LAYOUTS["odd"]()
-    q, k, v, _ = leaves(layout)
-    (grad,) = torch.autograd.grad(strided_attention(q, k, v, layout).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        grad.sum().backward()
 
 
 def test_sinks_of_another_precision():

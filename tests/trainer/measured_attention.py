@@ -24,8 +24,9 @@ def main() -> dict[str, list[int]]:
     taken, (out, lse) = besides_results(lambda: _forward_op(q, k, v, None, *options))
     sizes = {"forward": [taken, _attention(True, q, k, v, None, *options)]}
     grad = torch.randn_like(out)
-    taken, _ = besides_results(lambda: _backward_op(grad, q, k, v, out, lse, *options))
-    sizes["backward"] = [taken, _attention_backward(True, grad, q, k, v, out, lse, *options)]
+    inputs = (q, k, v, None, out, lse)
+    taken, _ = besides_results(lambda: _backward_op(grad, *inputs, *options))
+    sizes["backward"] = [taken, _attention_backward(True, grad, *inputs, *options)]
     return sizes
 
 
