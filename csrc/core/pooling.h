@@ -23,19 +23,11 @@ struct FeatureLayout {
 
   EBFT_FN FeatureLayout(Pooling pooling, int64_t layers, int64_t steps, int64_t channels)
       : size(layers * channels), layer(channels), step(0) {
-    switch (pooling) {  // without a default, so that the compiler names this place to whoever adds a pooling
-      case Pooling::last_token:
-      case Pooling::mean:
-        break;
-      case Pooling::concat:
-        size *= steps;
-        layer = steps * channels;
-        step = channels;
-        break;
-      case Pooling::token:
-        size *= steps;
-        step = layers * channels;
-        break;
+    if (pooling == Pooling::concat || pooling == Pooling::token) size *= steps;
+    if (pooling == Pooling::token) step = layers * channels;
+    if (pooling == Pooling::concat) {
+      layer = steps * channels;
+      step = channels;
     }
   }
 };

@@ -30,7 +30,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="DATA",
-        help="text, .jsonl and .parquet files, folders of them, saved data sets, hub:NAME[,config=C][,split=S]",
+        help="text, .jsonl, .json, .csv, .parquet, folders of them, saved data sets, hub:NAME[,config=C][,split=S]",
     )
     parser.add_argument(
         "--extensions", nargs="+", metavar=".EXT", help="files to read in folders; default: text, code and data"

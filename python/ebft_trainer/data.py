@@ -1,11 +1,14 @@
 """From rows of token ids to batches with a `StridedLayout`.
 
 A row is a dict: ``input_ids`` [T], and if there is more to say ``completion_mask`` [T] (which tokens count),
-``document_ids`` [T] (a document is a run of equal ids) or ``attention_mask`` [T] (0 for padding on either side).
+``document_ids`` [T] (a document is a run of equal ids) or ``attention_mask`` [T] (0 for padding on either side). What
+counts may also be said as other trainers have it: by ``assistant_masks`` [T], or by ``labels`` [T], the token itself
+where it counts and -100 where it does not.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,10 +18,11 @@ from torch import Tensor
 from ebft_kernels import StridedLayout
 
 from .config import EBFTOptions
+from .sources import ROW_COLUMNS
 
 Row = dict[str, Any]
 
-_ROW_COLUMNS = ("input_ids", "attention_mask", "completion_mask", "document_ids")
+IGNORED_LABEL = -100
 _CHUNK = 64
 
 
@@ -107,16 +111,20 @@ class EBFTCollator:
 def unpadded(row: Row) -> Row:
     """The row's columns as int64 tensors [T] without ``attention_mask`` and what it marks as padding, left or right.
 
+    What counts is in ``completion_mask``, whichever column said it; ``labels`` of which none is left out say nothing.
+
     Raises:
-        ValueError: a column with another number of tokens than ``input_ids``; padding between tokens.
+        ValueError: a column with another number of tokens than ``input_ids``; padding between tokens; ``labels`` of
+            other tokens; two columns that differ in what counts.
     """
-    columns = {name: torch.as_tensor(row[name], dtype=torch.long) for name in _ROW_COLUMNS if name in row}
+    names = [name for name in ("input_ids", *ROW_COLUMNS) if name in row]
+    columns = {name: torch.as_tensor(row[name], dtype=torch.long) for name in names}
     count = len(columns["input_ids"])
     for name, column in columns.items():
         if column.ndim != 1 or len(column) != count:
             raise ValueError(f"{name}: expected {count} numbers as in input_ids, got shape {list(column.shape)}")
     if "attention_mask" not in columns:
-        return columns
+        return _with_one_mask(columns)
     attended = columns.pop("attention_mask").nonzero()[:, 0]
     first, last = (int(attended[0]), int(attended[-1])) if len(attended) else (0, -1)
     if last - first + 1 != len(attended):
@@ -124,7 +132,29 @@ def unpadded(row: Row) -> Row:
             "attention_mask: expected zeros (padding) only before or behind the tokens, "
             f"got {list(row['attention_mask'])}"
         )
-    return {name: column[first : last + 1] for name, column in columns.items()}
+    return _with_one_mask({name: column[first : last + 1] for name, column in columns.items()})
+
+
+def _with_one_mask(columns: Row) -> Row:
+    """The columns of a row without padding, what counts in ``completion_mask`` alone."""
+    labels = columns.pop("labels", None)
+    said = {name: columns.pop(name) for name in ("completion_mask", "assistant_masks") if name in columns}
+    if labels is not None:
+        counts = labels != IGNORED_LABEL
+        other = (counts & (labels != columns["input_ids"])).nonzero()[:, 0]
+        if len(other):
+            at = int(other[0])
+            raise ValueError(
+                f"labels: expected the token itself, {int(columns['input_ids'][at])}, or {IGNORED_LABEL}, "
+                f"got {int(labels[at])} at token {at}"
+            )
+        if said or not counts.all():
+            said["labels"] = counts.long()
+    for (one, mask), (other, same) in itertools.pairwise(said.items()):
+        if not mask.equal(same):
+            at = int((mask != same).nonzero()[0, 0])
+            raise ValueError(f"{other}: expected the tokens that {one} counts, got another at token {at}")
+    return columns | {"completion_mask": next(iter(said.values()))} if said else columns
 
 
 def _pad(rows: Sequence[Row], name: str, length: int, *, absent: int, padding: int) -> Tensor:

@@ -7,6 +7,8 @@ Text is UTF-8. Plain text and JSON lines need nothing but Python; Parquet files 
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 EXTENSIONS = tuple(
-    ".c .cc .cpp .cs .cu .cuh .go .h .hpp .java .jl .js .jsonl .kt .lua .md .parquet .php .py .r .rb .rs .rst .scala "
-    ".sh .sql .swift .tex .ts .txt".split()
+    ".c .cc .cpp .cs .cu .cuh .go .h .hpp .java .jl .js .jsonl .kt .lua .md .ndjson .parquet .php .py .r .rb .rs .rst "
+    ".scala .sh .sql .swift .tex .ts .txt".split()
 )
 HUB = "hub:"
+#: What rows of token ids may have beside ``input_ids``.
+ROW_COLUMNS = ("completion_mask", "attention_mask", "document_ids", "assistant_masks", "labels")
 
-_TOKEN_COLUMNS = ("completion_mask", "attention_mask", "document_ids")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z")
 _PIECE = 2**20  # bytes of a text file that are one document; no line is cut that is not longer
 _BATCH = 256
 
@@ -91,7 +96,7 @@ class Columns:
         present = list(present)
         found = [kind for kind in self._kinds() if set(kind.values()) & set(present)]
         whole = len(found) == 1 and set(found[0].values()) <= set(present)
-        masks = {name: name for name in _TOKEN_COLUMNS if name in present}
+        masks = {name: name for name in ROW_COLUMNS if name in present}
         of_tokens = whole and "input_ids" in found[0]
         if not whole or (not self._given() and "completion_mask" in masks and not of_tokens):
             got = ", ".join(map(repr, present)) or "no field"
@@ -109,7 +114,9 @@ class Source:
     """The documents of files, folders and data sets, in a fixed order; iterating reads them anew and lazily.
 
     A name is a path, or ``hub:NAME`` with ``,config=C``, ``,split=S`` (train) and ``,revision=R`` behind it for a data
-    set on the Hugging Face hub. By its ending a file is JSON lines (``.jsonl``), Parquet (``.parquet``) or plain text.
+    set on the Hugging Face hub. By its ending, in whatever case, a file is JSON lines (``.jsonl``, ``.ndjson``), JSON
+    (``.json``: an array of objects, one object, or lines of them), a table with a header (``.csv``, ``.tsv``), Parquet
+    (``.parquet``) or plain text. Packed files are refused.
     A folder that ``Dataset.save_to_disk`` wrote is a data set; in other folders all files with ``extensions`` are
     read, but no hidden folders and no empty files. A file that is named itself is read whatever its ending.
 
@@ -177,15 +184,22 @@ class Source:
         return files
 
     def _read_file(self, path: Path) -> Iterator[Document]:
-        if path.suffix == ".jsonl":
-            return (self._json_document(where, line) for where, line in _lines(path))
-        return self._parquet(path) if path.suffix == ".parquet" else _text_documents(path)
+        kind = path.suffix.lower()
+        if kind in _PACKED:
+            raise ValueError(f"data: expected an unpacked file, got {str(path)!r}")
+        if kind == ".parquet":
+            return self._parquet(path)
+        if kind in (".jsonl", ".ndjson"):
+            records = ((where, _parsed(where, line)) for where, line in _lines(path))
+        elif kind == ".json":
+            records = _json_records(path)
+        elif kind in _DELIMITERS:
+            records = _table_records(path, _DELIMITERS[kind])
+        else:
+            return _text_documents(path)
+        return (self._recorded(where, record) for where, record in records)
 
-    def _json_document(self, where: str, line: str) -> Document:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"data: expected JSON, got {error.msg} at column {error.colno} of {where}") from None
+    def _recorded(self, where: str, record: Any) -> Document:
         if not isinstance(record, dict):
             raise ValueError(f"data: expected a JSON object, got {type(record).__name__} in {where}")
         return _document(where, record, self.columns.find(record, where))
@@ -256,10 +270,10 @@ def _load_published(name: str) -> Any:
 
 
 def _files(folder: Path, extensions: Sequence[str]) -> list[Path]:
-    found = []
+    found, endings = [], tuple(x.lower() for x in extensions)
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if name.endswith(tuple(extensions))]
+        found += [Path(parent, name) for name in names if name.lower().endswith(endings)]
     return sorted(found)
 
 
@@ -313,6 +327,42 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             start += len(raw)
 
 
+def _parsed(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"column {error.colno} of {where}" if error.lineno == 1 else f"line {error.lineno} of {where}"
+        raise ValueError(f"data: expected JSON, got {error.msg} at {at}") from None
+    except (RecursionError, ValueError):  # nested thousands of times; an integer of thousands of digits
+        raise ValueError(f"data: expected JSON, got too deep nesting or too long a number in {where}") from None
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Name and value of each object of one JSON document, which may be lines of JSON under another name."""
+    lines = list(_lines(path))
+    if len(lines) > 1 and all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for _, line in lines):
+        yield from ((where, _parsed(where, line)) for where, line in lines)
+        return
+    content = _parsed(str(path), "".join(line for _, line in lines)) if lines else []
+    records = content if isinstance(content, list) else [content]
+    yield from ((f"{path}, record {number}", record) for number, record in enumerate(records))
+
+
+def _table_records(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Name and fields of each row of a table whose first line has the names of its columns."""
+    text = "".join(_text_pieces(path))
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a document may be longer than the module expects
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for record in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in record or None in record.values():
+                raise ValueError(f"data: expected {len(reader.fieldnames or ())} fields as in the header, in {where}")
+            yield where, record
+    except csv.Error as error:
+        raise ValueError(f"data: expected a table, got {error} in {path}, line {reader.line_num + 1}") from None
+
+
 def _not_utf8(error: UnicodeDecodeError, start: int, path: Path) -> ValueError:
     byte = f"byte {error.object[error.start]:#04x} at offset {start + error.start}"
     return ValueError(f"data: expected UTF-8, got {byte} of {str(path)!r}")
@@ -330,16 +380,26 @@ def _document(where: str, record: Mapping[str, Any], columns: Mapping[str, str])
     for part, value in parts.items():
         if not isinstance(value, str):
             raise ValueError(f"data: expected {columns[part]!r} as a string, got {type(value).__name__} in {where}")
+        _check_characters(where, columns[part], value)
     return Document(where, **parts)
+
+
+def _check_characters(where: str, column: str, text: str) -> None:
+    """Half of a surrogate pair, which JSON can spell, is no character: no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"a lone surrogate {text[error.start]!r} at character {error.start}"
+        raise ValueError(f"data: expected text, got {half} of {column!r} in {where}") from None
 
 
 def _tokens(where: str, parts: Mapping[str, Any]) -> dict[str, list[int]]:
     ids = parts["input_ids"]
-    if not _is_list_of(ids, int) or (ids and min(ids) < 0):
+    if not _is_list_of(ids, int) or (ids and not 0 <= min(ids) <= max(ids) < 2**31):
         raise ValueError(f"data: expected 'input_ids' as a list of token ids in {where}")
     present = {name: values for name, values in parts.items() if values is not None}
     for name, values in present.items():
-        is_mask = name.endswith("_mask")
+        is_mask = name.endswith(("_mask", "_masks"))
         if not _is_list_of(values, int) or len(values) != len(ids) or (is_mask and not set(values) <= {0, 1}):
             kind = "entries, 0 or 1 each" if is_mask else "integers"
             raise ValueError(f"data: expected {name!r} with {len(ids)} {kind}, in {where}")
@@ -350,13 +410,25 @@ def _messages(where: str, column: str, value: Any) -> list[dict[str, Any]]:
     """The messages without the fields that are None, as a table fills in those that other rows have."""
     if not _is_list_of(value, dict) or not value:
         raise ValueError(f"data: expected {column!r} as a list of messages, got {type(value).__name__} in {where}")
-    messages = [{name: field for name, field in message.items() if field is not None} for message in value]
+    messages = [
+        {name: _joined(field) if name == "content" else field for name, field in message.items() if field is not None}
+        for message in value
+    ]
     for number, message in enumerate(messages):
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 got = type(message.get(name)).__name__
                 raise ValueError(f"data: expected {name!r} as a string in message {number}, got {got} in {where}")
+            _check_characters(where, f"{column}, message {number}", message[name])
     return messages
+
+
+def _joined(content: Any) -> Any:
+    """The text of content that is given in parts, if all of them are text."""
+    parts = content if _is_list_of(content, dict) else []
+    if parts and all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
+        return "".join(part["text"] for part in parts)
+    return content
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

@@ -225,7 +225,7 @@ def test_another_run_is_not_resumed(train, model_folder, text, tmp_path, capsys)
         (["--learning-rate", "2e-3"], f"training.learning_rate: {expected}, 0.001; got 0.002"),
         (["--weight-decay", "0.1"], f"training.weight_decay: {expected}, 0.0; got 0.1"),
         (["--gradient-accumulation-steps", "2"], f"training.gradient_accumulation_steps: {expected}, 1; got 2"),
-        (["--data", tmp_path / "tiny-model" / "config.json"], f"data: {expected}"),
+        (["--data", Path(__file__)], f"data: {expected}"),
     ):
         assert error_of(capsys, [*resume, *changes]).startswith(message)
     text.write_text(text.read_text().replace("x + 1", "x - 1"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ebft_trainer.config import EBFTOptions
-from ebft_trainer.data import EBFTCollator, rows_without_anchor
+from ebft_trainer.data import EBFTCollator, rows_without_anchor, unpadded
 
 OPTIONS = EBFTOptions(context=3, stride=2, horizon=2, samples=2)
 
@@ -136,3 +136,43 @@ def test_rows_without_room_are_found_among_many():
     found = list(rows_without_anchor(rows, EBFTCollator(OPTIONS)))
     assert [number for number, _ in found] == [3, 70]
     assert "completion_mask" in found[0][1] and "input_ids" in found[1][1]
+
+
+# What counts, as other trainers say it: ignored, the prompt would be trained on.
+
+
+def test_labels_and_assistant_masks_say_what_counts():
+    ids, mask = [5, 6, 7, 8], [False, False, True, True]
+    for columns in (
+        {"labels": [-100, -100, 7, 8]},
+        {"assistant_masks": [0, 0, 1, 1]},
+        {"labels": [-100, -100, 7, 8], "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 0, 1, 1]},
+    ):
+        row = unpadded({"input_ids": ids, **columns})
+        assert set(row) == {"input_ids", "completion_mask"} and row["completion_mask"].bool().tolist() == mask
+    padded = unpadded({"input_ids": [0, *ids], "attention_mask": [0, 1, 1, 1, 1], "labels": [-100, -100, -100, 7, 8]})
+    assert padded["input_ids"].tolist() == ids and padded["completion_mask"].bool().tolist() == mask
+    # Copies of the tokens, with the padding left out, are what a row without a mask means.
+    assert set(unpadded({"input_ids": [0, *ids], "attention_mask": [0, 1, 1, 1, 1], "labels": [-100, *ids]})) == {
+        "input_ids"
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"labels": [-100, 7, 8, 9]}, "labels: expected the token itself, 6, or -100, got 7 at token 1"),
+        ({"labels": [5, 6]}, "labels: expected 4 numbers as in input_ids"),
+        (
+            {"labels": [-100, -100, 7, 8], "completion_mask": [0, 1, 1, 1]},
+            "labels: expected the tokens that completion_mask counts, got another at token 1",
+        ),
+        (
+            {"completion_mask": [0, 0, 0, 1], "assistant_masks": [0, 0, 1, 1]},
+            "assistant_masks: expected the tokens that completion_mask counts, got another at token 2",
+        ),
+    ],
+)
+def test_columns_that_contradict_are_refused(columns, message):
+    with pytest.raises(ValueError, match=message):
+        unpadded({"input_ids": [5, 6, 7, 8], **columns})

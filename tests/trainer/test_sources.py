@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import subprocess
@@ -348,3 +349,74 @@ def test_text_needs_no_other_package(tmp_path):
         "assert not {'datasets', 'pyarrow', 'pandas', 'torch'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Records under other names than .jsonl: read as plain text, braces and all would be trained on.
+
+PAIRS = [{"prompt": "2+2=", "completion": '4, "four"'}, {"prompt": "a\nb", "completion": "c"}]
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.JSON", "lines.json", "x.ndjson", "x.JSONL", "x.csv", "x.TSV"])
+def test_records_are_read_whatever_the_name(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith(("csv", "TSV")):
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"], delimiter="," if name.endswith("csv") else "\t")
+            writer.writeheader()
+            writer.writerows(PAIRS)
+    elif name in ("x.json", "x.JSON"):
+        path.write_text(json.dumps(PAIRS, indent=1))
+    else:
+        path.write_text("\n".join(map(json.dumps, PAIRS)))
+    documents = read_documents([path])
+    assert [{"prompt": x.prompt, "completion": x.completion} for x in documents] == PAIRS
+    if name in ("x.ndjson", "x.JSONL"):
+        assert read_documents([tmp_path]) == documents
+
+
+def test_one_object_is_one_document_and_labels_stay(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"input_ids": [1, 2], "labels": [-100, 2], "assistant_masks": [0, 1]}))
+    assert read_documents([path])[0].tokens == {"input_ids": [1, 2], "labels": [-100, 2], "assistant_masks": [0, 1]}
+
+
+def test_content_in_parts_of_text_is_joined(tmp_path):
+    path = tmp_path / "x.jsonl"
+    parts = [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "world"}]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    assert read_documents([path])[0].messages == [{"role": "user", "content": "Hello, world"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl.gz", "", r"data: expected an unpacked file, got '.*x\.jsonl\.gz'"),
+        ("x.json", "[1]", "data: expected a JSON object, got int in .*x.json, record 0"),
+        (
+            "x.json",
+            '[\n{"text": "a"},\n{"text" 1}]',
+            "data: expected JSON, got Expecting ':' delimiter at line 3 of .*x.json",
+        ),
+        ("x.csv", "text\na,b\n", "data: expected 1 fields as in the header, in .*x.csv, line 2"),
+        ("x.csv", "prompt,completion\na\n", "data: expected 2 fields as in the header, in .*x.csv, line 2"),
+        ("x.csv", 'text\n"a" b\n', "data: expected a table, got .* in .*x.csv, line 2"),
+        ("x.csv", "input_ids\n1\n", "data: expected 'input_ids' as a list of token ids in .*x.csv, line 2"),
+        (
+            "x.jsonl",
+            '{"text": "\\ud800"}',
+            "expected text, got a lone surrogate .* at character 0 of 'text' in .*line 1",
+        ),
+        (
+            "x.jsonl",
+            '{"messages": [{"role": "user", "content": "a\\udfff"}]}',
+            "data: expected text, got a lone surrogate .* at character 1 of 'messages, message 0' in .*line 1",
+        ),
+        ("x.jsonl", "[" * 100_000, "data: expected JSON, got too deep nesting or too long a number in .*line 1"),
+        ("x.jsonl", '{"input_ids": [' + "1" * 5000 + "]}", "got too deep nesting or too long a number in .*line 1"),
+        ("x.jsonl", '{"input_ids": [2147483648]}', "data: expected 'input_ids' as a list of token ids in .*line 1"),
+    ],
+)
+def test_records_that_cannot_be_read_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_documents([tmp_path / name])
