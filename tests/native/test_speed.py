@@ -35,8 +35,10 @@ def compare(name: str, run: Callable[[str], object], moved: int) -> tuple[float,
     """Speed beside PyTorch's and beside a copy, of ``run(impl)``, which reads and writes ``moved`` bytes."""
     source = torch.ones(moved // 8)
     target = source.clone()
+    # The shorter a run, the more of them: whether new memory is recycled or fresh differs from one to the next.
+    rounds = max(25, 4_000_000_000 // moved)
     native, by_torch, copy = cpu_seconds(
-        lambda: run("native"), lambda: run("torch"), lambda: target.copy_(source), rounds=6
+        lambda: run("native"), lambda: run("torch"), lambda: target.copy_(source), rounds=rounds
     )
     print(
         f"\n{name}: {moved / 1e6:.0f} MB in {native * 1e3:.2f} ms, {moved / native / 1e9:.1f} GB/s, "
@@ -54,7 +56,7 @@ def test_matching(whitening, dtype):
         lambda impl: feature_matching(x, y, whitening=whitening, impl=impl),
         x.nbytes + y.nbytes,
     )
-    assert beside_torch > 2 and beside_copy > 0.15
+    assert beside_torch > 2 and beside_copy > 0.3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,7 +67,8 @@ def test_loss(dtype):
         lambda impl: mean_embedding_loss(x, y, impl=impl),
         x.nbytes + y.nbytes + 4 * y.numel(),
     )
-    assert beside_torch > 0.9 and beside_copy > 0.15
+    # Least of several runs on an AMD EPYC: 0.39 and, where 16 bits are widened, 0.24.
+    assert beside_torch > 1.1 and beside_copy > (0.35 if dtype == torch.float32 else 0.2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,7 +100,7 @@ def test_gradient_of_pooling(pooling):
     vectors = rows.num_anchors * (rows.samples + 1) * 3 * 1536
     moved = 4 * vectors * (1 + (8 if pooling == "mean" else 1)) + sum(x.nbytes for x in hidden)
     beside_torch, _ = compare(f"gradient of pool_features, {pooling}", lambda impl: runs[impl](), moved)
-    assert beside_torch > 0.9
+    assert beside_torch > 1.1
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "length"), [(4, 2, 64, 256), (8, 4, 32, 1024)])
