@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_int
-from ..layout import StridedLayout
+from ..layout import StridedLayout, check_layout
 from . import _model_check
 from ._model_check import ModelSupport
 from ._models import ModelFacts, base_model, decoder_layers, decoder_of, facts, last_hidden
@@ -105,8 +105,7 @@ def strided_attention_context(
 
 
 def _check_phase(model: nn.Module, layout: object, cache: object, step: int | None) -> None:
-    if not isinstance(layout, StridedLayout):
-        raise TypeError(f"layout: expected a StridedLayout, got {type(layout).__name__}")
+    check_layout(layout)
     if cache is None:
         if step is not None:
             raise ValueError(f"step: expected None without a cache, got {step}")

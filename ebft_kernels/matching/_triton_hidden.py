@@ -16,11 +16,12 @@ from torch import Tensor
 from .._tiles import matching_tiles
 from .._triton import launch, target_of
 from ..pooling._triton import addresses
+from ..pooling.modes import POOLINGS, SHORTEST_TOKEN
 from ._triton import two_floats
 from ._triton_core import loss_of, store_results, whiten
 from ._triton_gram import as_matrices, distinct_products, matrices_by_dot
 
-_EPS = tl.constexpr(1e-12)  # as torch.nn.functional.normalize
+_SHORTEST = tl.constexpr(SHORTEST_TOKEN)
 
 
 def forward(
@@ -47,11 +48,11 @@ def forward(
         normalize: "joint", "per_layer" or "none".
         groups: 1 or L.
     """
-    first = hidden_states[0]
+    first, mode = hidden_states[0], POOLINGS[pooling]
     device, layers, channels = first.device, len(hidden_states), first.shape[2]
     batch_size, anchors, n, steps = rollout_rows.shape
     *hidden, align = addresses(hidden_states)
-    leading = (batch_size, anchors, steps) if pooling == "token" else (batch_size, anchors)
+    leading = (batch_size, anchors, steps) if mode.own_axis else (batch_size, anchors)
     loss = torch.empty(leading, dtype=torch.float32, device=device)
     others = tuple(torch.empty(*leading, n, dtype=torch.float32, device=device) for _ in range(4))
     matched = loss.numel()
@@ -76,7 +77,7 @@ def forward(
         n=n,
         N=triton.next_power_of_2(n),
         GROUPS=groups,
-        CONCAT=pooling == "concat",
+        CONCAT=mode.side_by_side,
         NORMALIZE=normalize,
         WHITENING=whitening,
         ESTIMATOR=estimator,
@@ -118,7 +119,7 @@ def _layer_matrices(
 @triton.jit
 def _inverse_norm(square, counts):
     norm = tl.sqrt(square)
-    return counts / tl.where(norm < _EPS, _EPS, norm)
+    return counts / tl.where(norm < _SHORTEST, _SHORTEST, norm)
 
 
 @triton.jit

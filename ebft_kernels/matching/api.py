@@ -221,7 +221,8 @@ def match_hidden_states(
     check_option("pooling", pooling, POOLINGS)
     check_option("normalize", normalize, NORMALIZATIONS)
     first, layers = hidden_states[0], len(hidden_states)
-    width = layers * first.shape[-1] * (layout.horizon if pooling == "concat" else 1)
+    mode = POOLINGS[pooling]
+    width = layers * first.shape[-1] * (layout.horizon if mode.side_by_side else 1)
     if width == 0:
         raise ValueError(f"hidden_states: expected at least one channel, got shape {list(first.shape)}")
     _check_options(whitening, alignment_coef, diversity_coef, estimator, groups, width)
@@ -231,7 +232,7 @@ def match_hidden_states(
     resolved = resolve_impl("pool_features", impl, first.device, first.dtype)
     resolve_impl("feature_matching", impl, first.device, first.dtype, {"n": layout.samples})
     coefs = (float(alignment_coef), float(diversity_coef))
-    in_one = resolved == "triton" and pooling != "mean" and groups in (1, layers) and layout.samples <= 16
+    in_one = resolved == "triton" and not mode.adds_up and groups in (1, layers) and layout.samples <= 16
     in_one = in_one and rollout_mask is None
     in_one = in_one and not declines("feature_matching", {"n": layout.samples}, layers=True)
     if not in_one:
@@ -247,9 +248,9 @@ def match_hidden_states(
             valid=valid,
             impl=impl,
         )
-    rows = feature_rows(layout, token_mask, last_only=POOLINGS[pooling].last_only)
+    rows = feature_rows(layout, token_mask, last_only=mode.last_only)
     results = _hidden_op(hidden_states, *rows, pooling, normalize, whitening, *coefs, estimator, groups)
-    return _results(results, valid, per_token=pooling == "token")
+    return _results(results, valid, per_token=mode.own_axis)
 
 
 def _results(results: Sequence[Tensor], valid: Tensor | None, *, per_token: bool) -> FeatureMatching:
@@ -371,6 +372,6 @@ def _hidden_op(*arguments):
 
 @_hidden_op.register_fake
 def _(hidden_states, rollout_rows, target_rows, _weight, pooling, *_options):
-    leading = target_rows.shape if pooling == "token" else target_rows.shape[:2]
+    leading = target_rows.shape if POOLINGS[pooling].own_axis else target_rows.shape[:2]
     loss = hidden_states[0].new_empty(leading, dtype=torch.float32)
     return loss, *(loss.new_empty(*leading, rollout_rows.shape[2]) for _ in range(4))

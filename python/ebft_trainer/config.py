@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.utils import is_in_notebook
 
-from ebft_kernels._checks import check_positive
+from ebft_kernels._checks import INT_LIMIT, check_option, check_positive
 from ebft_kernels.matching.api import ESTIMATORS, WHITENINGS
 from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS
 
@@ -143,7 +143,8 @@ class EBFTOptions:
             check_positive("temperature", self.temperature)
         _check_number("top_p", self.top_p, "a number above 0, at most 1", lambda x: 0 < x <= 1)
         for option in fields(EBFTOptions):
-            _check_choice(option.name, getattr(self, option.name), option.metadata.get("choices"))
+            if "choices" in option.metadata:
+                check_option(option.name, getattr(self, option.name), option.metadata["choices"])
         for option in fields(EBFTOptions):
             if option.name.endswith("_coef"):
                 _check_number(option.name, getattr(self, option.name), "a number of at least 0", lambda x: x >= 0)
@@ -166,17 +167,12 @@ class EBFTOptions:
         _check_layers(self.feature_layers)
 
 
-def _check_choice(name: str, value: Any, choices: Sequence[str] | None) -> None:
-    if choices is not None and value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}; got {value!r}")
-
-
 def _check_int(name: str, value: Any, minimum: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
-    if value >= 2**31:
+    if value >= INT_LIMIT:
         raise ValueError(f"{name}: expected less than 2^31, got {value}")
 
 
@@ -269,7 +265,7 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
         _check_int("eval_seed", self.eval_seed, 0)
         _check_int("max_nonfinite_steps", self.max_nonfinite_steps, 1)
         _check_int("pad_to_multiple_of", self.pad_to_multiple_of, 1)
-        _check_choice("kl_reference", self.kl_reference, KL_REFERENCES)
+        check_option("kl_reference", self.kl_reference, KL_REFERENCES)
         self._check_training_arguments()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True: completion_mask would be dropped")

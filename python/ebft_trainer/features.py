@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ebft_kernels import StridedLayout, pool_features
 from ebft_kernels._checks import check_option, check_tensor
 from ebft_kernels.integrations.transformers import decoder_layers, hidden_states
+from ebft_kernels.layout import check_layout
 from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS, SHORTEST_TOKEN
 
 from .rollout import evaluation_mode
@@ -255,8 +256,7 @@ def _on_output(tap: Callable[[int, Tensor], None], layer: int) -> Callable[..., 
 
 
 def _check_packed(packed: object, layout: object) -> None:
-    if not isinstance(layout, StridedLayout):
-        raise TypeError(f"layout: expected a StridedLayout, got {type(layout).__name__}")
+    check_layout(layout)
     sizes = {"B": layout.batch_size, "S": layout.packed_length}
     check_tensor("packed", packed, "B S", sizes, dtype=torch.int64, device=layout.device)
 

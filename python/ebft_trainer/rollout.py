@@ -15,6 +15,7 @@ from ebft_kernels import StridedLayout, select_impl
 from ebft_kernels._checks import check_int, check_positive, check_tensor
 from ebft_kernels.integrations._models import base_model
 from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head
+from ebft_kernels.layout import check_layout
 from ebft_kernels.logprob._native import block_statistics
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ def before_end(rollouts: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
 
 def check_prompt(prompt: object, layout: object) -> None:
     """Raise TypeError / ValueError unless ``layout`` is a StridedLayout and ``prompt`` [B, P] int64 fits it."""
-    if not isinstance(layout, StridedLayout):
-        raise TypeError(f"layout: expected a StridedLayout, got {type(layout).__name__}")
+    check_layout(layout)
     sizes = {"B": layout.batch_size, "P": layout.length}
     check_tensor("prompt", prompt, "B P", sizes, dtype=torch.int64, device=layout.device)
 

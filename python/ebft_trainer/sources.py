@@ -343,7 +343,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
     if len(lines) > 1 and all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for _, line in lines):
         yield from ((where, _parsed(where, line)) for where, line in lines)
         return
-    content = _parsed(str(path), "".join(line for _, line in lines)) if lines else []
+    content = _parsed(str(path), "".join(_text_pieces(path))) if lines else []  # with blank lines, to number errors
     records = content if isinstance(content, list) else [content]
     yield from ((f"{path}, record {number}", record) for number, record in enumerate(records))
 

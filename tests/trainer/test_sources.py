@@ -394,8 +394,8 @@ def test_content_in_parts_of_text_is_joined(tmp_path):
         ("x.json", "[1]", "data: expected a JSON object, got int in .*x.json, record 0"),
         (
             "x.json",
-            '[\n{"text": "a"},\n{"text" 1}]',
-            "data: expected JSON, got Expecting ':' delimiter at line 3 of .*x.json",
+            '[\n{"text": "a"},\n\n{"text" 1}]',
+            "data: expected JSON, got Expecting ':' delimiter at line 4 of .*x.json",
         ),
         ("x.csv", "text\na,b\n", "data: expected 1 fields as in the header, in .*x.csv, line 2"),
         ("x.csv", "prompt,completion\na\n", "data: expected 2 fields as in the header, in .*x.csv, line 2"),
