@@ -80,13 +80,6 @@ def matching(model: ModelShape, rows: StridedLayout, whitening: str = "sample") 
     return Call(lambda: ebft_kernels.feature_matching(*features, whitening=whitening, impl="triton"), False)
 
 
-def hidden_matching(model: ModelShape, rows: StridedLayout, dtype: torch.dtype) -> Call:
-    """``match_hidden_states`` of the tapped layers."""
-    hidden_states = _hidden_states(model, rows, dtype)
-    options = {"whitening": "sample", "impl": "triton"}
-    return Call(lambda: ebft_kernels.match_hidden_states(hidden_states, rows, **options), False)
-
-
 def log_probs(rows: int, channels: int, vocabulary: int, dtype: torch.dtype, **options: object) -> Call:
     """``linear_log_probs`` with one target for each row. Its matrix products are PyTorch's, and run."""
     hidden, weight = (torch.empty(x, channels, dtype=dtype, requires_grad=True) for x in (rows, vocabulary))

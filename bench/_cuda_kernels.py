@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +25,13 @@ NARROW: dict[tuple[str, str], str] = {
     ("match_kernel", "loads"): "it reads a small matrix per thread",
     ("match_kernel", "stores"): "a handful of numbers per anchor",
 }
-# Warps per block where a row is long; the arithmetic of match_kernel is for one warp.
-_WARPS = {"match_kernel": 1}
 
 
 class Kernel(NamedTuple):
     """One compiled kernel.
 
     Attributes:
+        arch: what it is compiled for.
         name: without its template arguments.
         arguments: these, shortened: the type of the elements, then numbers.
         registers: per thread.
@@ -40,12 +40,23 @@ class Kernel(NamedTuple):
         instructions: how often those of interest stand in the code.
     """
 
+    arch: str
     name: str
     arguments: str
     registers: int
     spilled: int
     shared: int
     instructions: dict[str, int]
+
+    @property
+    def warps(self) -> int:
+        """Warps per block where a row is long."""
+        return 1 if self.name == "match_kernel" else 4  # the arithmetic of match_kernel is for one warp
+
+    @property
+    def programs(self) -> int:
+        """How many blocks one SM keeps in flight."""
+        return programs_in_flight(GPUS[self.arch], registers=self.registers, warps=self.warps, shared=self.shared)
 
 
 def compiler() -> str:
@@ -64,6 +75,7 @@ def read(arch: str, library: Path | None = None) -> list[Kernel]:
     usage, code = (_by_function(tool("cuobjdump", "-arch", arch, what, path)) for what in ("-res-usage", "-sass"))
     kernels = [
         Kernel(
+            arch,
             *_readable(mangled),
             **nvidia_resources(text),
             shared=int(re.search(r"SHARED:(\d+)", text)[1]),
@@ -72,6 +84,14 @@ def read(arch: str, library: Path | None = None) -> list[Kernel]:
         for mangled, text in usage.items()
     ]
     return sorted(kernels)
+
+
+def read_all() -> list[Kernel]:
+    """All kernels of the module for all ``ARCHS``; none where :func:`compiler` says that there are none."""
+    if not compiler():
+        return []
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for kernels in pool.map(read, ARCHS) for kernel in kernels]
 
 
 def _by_function(text: str) -> dict[str, str]:
@@ -98,13 +118,11 @@ def problems(kernel: Kernel) -> Iterator[str]:
             yield f"has no 16-byte {access}"
 
 
-def section(arch: str, kernels: list[Kernel]) -> str:
-    """What the document says of one architecture."""
+def details(kernels: list[Kernel]) -> str:
+    """Every kernel of one architecture."""
     header = ("kernel", "case", "warps", "registers", "spills", "shared", "programs", "instructions")
     rows = []
     for k in kernels:
-        warps = _WARPS.get(k.name, 4)
-        programs = programs_in_flight(GPUS[arch], registers=k.registers, warps=warps, shared=k.shared)
         instructions = ", ".join(f"{name} {count}" for name, count in sorted(k.instructions.items()))
-        rows.append((f"`{k.name}`", k.arguments, warps, k.registers, k.spilled, k.shared, programs, instructions))
-    return f"## CUDA on {arch}\n\n" + table(header, rows)
+        rows.append((f"`{k.name}`", k.arguments, k.warps, k.registers, k.spilled, k.shared, k.programs, instructions))
+    return table(header, rows)

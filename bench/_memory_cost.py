@@ -127,12 +127,6 @@ PASSES = {
         lambda model, rows: 4 * _items(rows) * model.features + 4 * _anchors(rows) * (1 + 4 * rows.samples),
         _gram_operations,
     ),
-    "match_hidden_states, sample": Pass(
-        lambda model, rows: _cases.hidden_matching(model, rows, torch.bfloat16),
-        False,
-        lambda model, rows: 2 * _items(rows) * model.features + 4 * _anchors(rows) * (1 + 4 * rows.samples),
-        _gram_operations,
-    ),
     "StridedLayout.dense_mask": Pass(
         _cases.dense_mask,
         False,

@@ -1,11 +1,12 @@
 """What every Triton and every CUDA kernel becomes on each supported architecture, compiled here without a GPU.
 
-    python -m bench.compiled_kernels [--check] [--arch sm_90] [--workers 2]
+    python -m bench.compiled_kernels [--check] [--details FILE] [--arch sm_90] [--workers 2]
 
 Runs the ops themselves with the tiles that they would choose on each architecture, reads the compiled kernels, and
-those that pip built from csrc/cuda, and writes docs/compiled-kernels.md. With ``--check`` it writes nothing and fails
-if the document is not what comes out. What it says of CUDA kernels is not compared where they were not built, or not
-by the CUDA that it names.
+those that pip built from csrc/cuda, and writes docs/compiled-kernels.md: for each kernel and architecture the worst of
+all cases. With ``--details`` every case, with its tile and instructions, goes to FILE. With ``--check`` the document is
+not written, and it is an error if it is not what comes out. What it says of CUDA kernels is not compared where they
+were not built, or not by the CUDA that it names.
 Either way it fails if a kernel spills registers, needs more shared memory than there is, multiplies 16-bit matrices
 without tensor cores, or does not access memory 16 bytes at a time.
 """
@@ -17,9 +18,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -59,8 +61,6 @@ def _calls() -> dict[str, Callable[[], _cases.Call]]:
         "match fp32 feature": lambda: _cases.matching(qwen, small.layout(), "feature"),
         "match fp32 none": lambda: _cases.matching(qwen, small.layout(), "none"),
         "match fp32 n=16": lambda: _cases.matching(qwen, small._replace(samples=16).layout(), "sample"),
-        "match hidden bf16": lambda: _cases.hidden_matching(qwen, small.layout(), bfloat16),
-        "match hidden bf16 n=16": lambda: _cases.hidden_matching(qwen, small._replace(samples=16).layout(), bfloat16),
         "log-probs bf16": lambda: _cases.log_probs(2, 64, 1000, bfloat16),
         "log-probs fp32": lambda: _cases.log_probs(2, 64, 1000, float32),
         "log-probs bf16 softcap": lambda: _cases.log_probs(2, 64, 1000, bfloat16, softcap=30.0),
@@ -78,7 +78,6 @@ NARROW: dict[tuple[str, str], str] = {
     ("strided_attention_prepare_kernel", "stores"): "one number per row",
     ("strided_attention_combine_kernel", "stores"): "half as many bytes of bfloat16 as it loads of float32",
     ("match_fwd_kernel", "stores"): "a handful of numbers per anchor",
-    ("match_hidden_kernel", "stores"): "a handful of numbers per anchor",
     ("gram_kernel", "stores"): "one small matrix per anchor",
     ("softmax_add_kernel", "stores"): "two numbers per row, and one per target",
     ("dense_mask_kernel", "loads"): "it reads the ranges of one or two rows per tile",
@@ -108,44 +107,25 @@ def main() -> None:
     """Parse the command line, compile, write or check the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with the document instead of writing it")
+    parser.add_argument("--details", type=Path, metavar="FILE", help="write there what every single case becomes")
     parser.add_argument("--arch", choices=GPUS, help="compile for this one only and print its table")
     parser.add_argument("--workers", type=int, default=2, help="processes that compile (default: 2)")
     arguments = parser.parse_args()
-    rows = _compile([arguments.arch] if arguments.arch else list(GPUS), arguments.workers)
+    archs = [arguments.arch] if arguments.arch else list(GPUS)
+    rows = _compile(archs, arguments.workers)
     complaints = [f"{row.arch} {row.kernel} ({row.case}): {problem}" for row in rows for problem in row.problems]
-    cuda, found = _cuda_part(check=arguments.check)
-    complaints += found
+    cuda = _cuda_kernels.read_all()
+    complaints += [f"{row.arch} {row.name} ({row.arguments}): {x}" for row in cuda for x in _cuda_kernels.problems(row)]
+    details = _details(archs, rows, cuda)
+    if arguments.details:
+        write(arguments.details, details)
     if arguments.arch:
-        print(_section(arguments.arch, rows))
+        print(details)
     elif arguments.check:
-        complaints += drift(DOCUMENT, f"{_triton_part(rows)}\n{cuda}", COMMAND)
+        complaints += drift(DOCUMENT, _document(rows, cuda, check=True), COMMAND)
     else:
-        write(DOCUMENT, f"{_triton_part(rows)}\n{cuda}")
+        write(DOCUMENT, _document(rows, cuda, check=False))
     sys.exit("\n".join(complaints) or 0)
-
-
-def _cuda_part(*, check: bool) -> tuple[str, list[str]]:
-    """What the document says of the CUDA kernels, and what is wrong with them."""
-    committed = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
-    _, heading, rest = committed.partition(_CUDA_HEADING)
-    compiler = _cuda_kernels.compiler()
-    if not compiler:
-        print(f"no CUDA kernels to look at: {_native.build_info()}", file=sys.stderr)
-        return heading + rest, []
-    with ThreadPoolExecutor(2) as pool:
-        kernels = dict(zip(_cuda_kernels.ARCHS, pool.map(_cuda_kernels.read, _cuda_kernels.ARCHS), strict=True))
-    parts = [_CUDA_INTRODUCTION.format(heading=_CUDA_HEADING, compiler=compiler)]
-    parts += [_cuda_kernels.section(arch, kernels[arch]) for arch in kernels]
-    found = [
-        f"{arch} {kernel.name} ({kernel.arguments}): {problem}"
-        for arch in kernels
-        for kernel in kernels[arch]
-        for problem in _cuda_kernels.problems(kernel)
-    ]
-    if check and f"compiled by {compiler}." not in rest:
-        print(f"not compared with what the document says of CUDA kernels: {compiler}", file=sys.stderr)
-        return heading + rest, found
-    return "\n".join(parts), found
 
 
 def _compile(archs: list[str], workers: int) -> list[Row]:
@@ -218,74 +198,120 @@ def _problems(gpu, kernel: str, binary) -> Iterator[str]:
             yield f"has no 16-byte {access}"
 
 
-def _triton_part(rows: list[Row]) -> str:
+def _document(rows: list[Row], cuda: list[_cuda_kernels.Kernel], *, check: bool) -> str:
+    """The summary. With ``check`` it says of CUDA kernels what it says now, where these here are not comparable."""
     import triton
 
-    limits = [(gpu.arch, gpu.name, f"{gpu.shared_limit // KIB} KiB", gpu.warps, gpu.programs) for gpu in GPUS.values()]
-    return "\n".join(
-        [
-            _INTRODUCTION.format(command=COMMAND, triton=triton.__version__),
-            table(("architecture", "tiles as for", "shared memory per program", "warps", "programs"), limits),
-            _LEGEND,
-            *(_section(arch, [row for row in rows if row.arch == arch]) for arch in GPUS),
-        ]
-    )
-
-
-def _section(arch: str, rows: list[Row]) -> str:
-    header = ("kernel", "case", "tile", "warps / stages", "registers", "spills", "shared", "programs", "instructions")
-    cells = [
-        (
-            f"`{row.kernel}`",
-            row.case,
-            row.tile,
-            f"{row.warps} / {row.stages}",
-            row.registers,
-            row.spilled,
-            row.shared,
-            row.programs,
-            row.instructions,
-        )
-        for row in rows
+    worst = _worst((row.kernel, row.arch, row.registers, row.shared, row.programs) for row in rows)
+    parts = [
+        _INTRODUCTION.format(command=COMMAND, triton=triton.__version__),
+        table(("architecture", "tiles as for", "shared memory per program", "warps", "programs"), _limits()),
+        _TRITON,
+        table(
+            ("kernel", *GPUS), ((f"`{kernel}`", *(cells.get(arch, "-") for arch in GPUS)) for kernel, cells in worst)
+        ),
     ]
-    return f"## {arch}\n\n" + table(header, cells)
+    committed = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else ""
+    _, heading, rest = committed.partition(_CUDA_HEADING)
+    compiler = _cuda_kernels.compiler()
+    if not compiler or (check and f"compiled by {compiler}." not in rest):
+        reason = compiler or f"there are none: {_native.build_info()}"
+        print(f"not compared with what the document says of CUDA kernels: {reason}", file=sys.stderr)
+        return "\n".join([*parts, heading + rest])
+    worst = _worst((row.name, row.arch, row.registers, row.shared, row.programs) for row in cuda)
+    lines = ((f"`{kernel}`", *(cells[arch] for arch in _cuda_kernels.ARCHS)) for kernel, cells in worst)
+    parts += [_CUDA.format(heading=_CUDA_HEADING, compiler=compiler), table(("kernel", *_cuda_kernels.ARCHS), lines)]
+    return "\n".join(parts)
+
+
+def _limits() -> list[tuple[object, ...]]:
+    return [(gpu.arch, gpu.name, f"{gpu.shared_limit // KIB} KiB", gpu.warps, gpu.programs) for gpu in GPUS.values()]
+
+
+def _worst(figures: Iterable[tuple[str, str, int, int, int]]) -> list[tuple[str, dict[str, str]]]:
+    """By kernel and architecture: most registers, most KiB of shared memory, fewest programs in flight."""
+    found: dict[str, dict[str, tuple[int, int, int]]] = {}
+    for kernel, arch, registers, shared, programs in figures:
+        old = found.setdefault(kernel, {}).get(arch, (0, 0, programs))
+        found[kernel][arch] = (max(old[0], registers), max(old[1], shared), min(old[2], programs))
+    return [
+        (kernel, {arch: f"{r} / {-(-s // KIB)} / {p}" for arch, (r, s, p) in cells.items()})
+        for kernel, cells in found.items()
+    ]
+
+
+def _details(archs: list[str], rows: list[Row], cuda: list[_cuda_kernels.Kernel]) -> str:
+    """Every case on every one of ``archs``."""
+    header = ("kernel", "case", "tile", "warps / stages", "registers", "spills", "shared", "programs", "instructions")
+    parts = [_LEGEND]
+    for arch in archs:
+        lines = [
+            (
+                f"`{row.kernel}`",
+                row.case,
+                row.tile,
+                f"{row.warps} / {row.stages}",
+                row.registers,
+                row.spilled,
+                row.shared,
+                row.programs,
+                row.instructions,
+            )
+            for row in rows
+            if row.arch == arch
+        ]
+        parts += [f"## {arch}\n", table(header, lines)]
+        if any(kernel.arch == arch for kernel in cuda):
+            parts += [f"## CUDA on {arch}\n", _cuda_kernels.details([x for x in cuda if x.arch == arch])]
+    return "\n".join(parts)
 
 
 _INTRODUCTION = """\
 # Compiled kernels
 
-Written by `{command}` with Triton {triton}; a test fails when it is not what the
-code gives. The ops were called as a user calls them, each kernel was compiled with the tile that is chosen on the
-architecture, and nothing was run: there are no times here.
+After this page you know that every kernel compiles for your GPU, and what limits it there. Written by
+`{command}` with Triton {triton}; a test fails when it is not what the code gives.
+The ops were called as a user calls them, each kernel was compiled with the tile that is chosen on the architecture, and
+nothing was run: there are no times here. `--details FILE` writes every case with its tile and instructions.
+
+On every architecture, in every case: **no register is spilled, shared memory is within the limit, 16-bit matrices are
+multiplied by tensor cores, memory-bound kernels load and store 16 bytes at a time** (exceptions, with reasons: `NARROW`
+in `bench/compiled_kernels.py`). The tool, and so the test, fails if one is not so.
+"""
+
+_TRITON = """\
+# Triton kernels
+
+Registers per thread / KiB of shared memory per program / programs that one SM keeps in flight: the worst of all cases.
 """
 
 _LEGEND = """\
+# Compiled kernels, every case
+
 * **registers**: per thread; on gfx942 vector registers per lane, of both kinds.
 * **spills**: bytes per thread (gfx942: registers) that went to memory for want of registers. Must be 0.
-* **shared**: bytes of shared memory per program. Must be within the architecture's limit above.
-* **programs**: how many one processor keeps in flight, the least of what these allow (all rounded down):
-  NVIDIA: 4 * (16384 / (32 * registers, up to a multiple of 256)) / warps; the processor's warps / warps; its shared
+* **shared**: bytes of shared memory per program. Must be within the architecture's limit.
+* **programs**: how many one SM keeps in flight, the least of what these allow (all rounded down):
+  NVIDIA: 4 * (16384 / (32 * registers, up to a multiple of 256)) / warps; the SM's warps / warps; its shared
   memory / (shared + 1 KiB, up to a multiple of 128); 512 / columns of tensor memory; its programs.
   gfx942: 4 * min(8, 512 / (registers, up to a multiple of 8)) / warps; 64 KiB / shared; its programs.
 * **instructions**: how often they stand in the code (loops count once). HMMA, HGMMA, UTCHMMA and MFMA are the matrix
   units' instructions and must be there wherever 16-bit matrices are multiplied. LDG is a load from global memory,
   LDGSTS one that goes straight to shared memory, STG a store; 128 means 16 bytes per thread.
+* CUDA kernels: **case** is the type of the elements; for `gram_kernel` also how many rows a thread takes at a time, and
+  whether these are tiles of more. **warps** are of a block; where rows are short there are fewer. **spills** are bytes
+  of stack per thread, spilled or not. **shared** is static: at its launch `match_kernel` asks for 8 (3n^2 + 5n) bytes
+  more for each anchor of a block, at most 48 KiB, and `pool_fwd_kernel` for 8 (L + 1) bytes for each token of a
+  feature; **programs** leaves that out.
 """
 
 _CUDA_HEADING = "# CUDA kernels"
 
-_CUDA_INTRODUCTION = """\
+_CUDA = """\
 {heading}
 
-Those of csrc/cuda in `ebft_kernels._cuda`, as pip built it, compiled by {compiler}. Columns are as above, and:
-
-* **case**: the type of the elements; for `gram_kernel` also how many rows a thread takes at a time, and whether these
-  are tiles of more.
-* **warps**: of a block. Where rows are short there are fewer.
-* **spills**: bytes of stack per thread, spilled or not. Must be 0.
-* **shared**: static shared memory. When it is started, `match_kernel` asks for 8 (3n^2 + 5n) bytes more for each anchor
-  of a block, at most 48 KiB, and `pool_fwd_kernel` for 8 (L + 1) bytes for each token of a feature; **programs** leaves
-  that out.
+Those of csrc/cuda in `ebft_kernels._cuda`, as pip built it, compiled by {compiler}. The same three figures, the worst
+of all types of elements; static shared memory only.
 """
 
 

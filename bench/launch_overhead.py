@@ -48,10 +48,6 @@ _CALLS: dict[str, tuple[Callable[[], _cases.Call], tuple[str, ...]]] = {
         lambda: _cases.loss(_MODEL, _GEOMETRY.layout()),
         ("matching._triton.mean_embedding_forward", "matching._triton.mean_embedding_backward"),
     ),
-    "match_hidden_states": (
-        lambda: _cases.hidden_matching(_MODEL, _GEOMETRY.layout(), torch.bfloat16),
-        ("matching._triton_hidden.forward",),
-    ),
     "dense_mask": (lambda: _cases.dense_mask(_MODEL, _GEOMETRY.layout()), ("_layout_triton.dense_mask",)),
     "geometry": (lambda: _cases.geometry(_MODEL, _GEOMETRY.layout()), ("_layout_triton.geometry",)),
     "feature_matching": (lambda: _cases.matching(_MODEL, _GEOMETRY.layout()), ("matching._triton.forward",)),

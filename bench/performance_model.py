@@ -28,6 +28,8 @@ from .shapes import ModelShape
 
 COMMAND = "python -m bench.performance_model"
 DOCUMENT = DOCS / "performance-model.md"
+#: The GPU of the least times; for the one at hand ``python -m bench.gpu`` prints them beside what it measures.
+(H100,) = (gpu for gpu in ACCELERATORS if gpu.name == "H100 SXM")
 
 
 def main() -> None:
@@ -55,12 +57,30 @@ def document() -> str:
         copy_rate=RATES[1] / 1e12,
         log_probs_goal=LOG_PROBS_GOAL,
         log_probs_memory=LOG_PROBS_MEMORY / 1e6,
+        gpu=H100.name,
+        arch=H100.arch,
+        bf16=H100.bf16 / 1e12,
+        bandwidth=H100.bandwidth / 1e12,
     )
     work = [(name, model) for name in sorted(PASSES, key=lambda name: "backward" not in name) for model in SHAPES]
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         memory = dict(zip(work, pool.map(_memory_cost, work), strict=True))
-    models = [_model(model, [memory[name, model] for name in PASSES]) for model in SHAPES]
-    return "\n".join([introduction, _datasheets(), *models])
+    rows = GEOMETRY.layout()
+    attention = {model: {arch: attention_costs(model, rows, gpu) for arch, gpu in GPUS.items()} for model in SHAPES}
+    qwen = SHAPES[0]
+    return "\n".join(
+        [
+            introduction,
+            "## Attention kernels, one layer\n",
+            _attention(attention),
+            "## Scores of the forward pass by other means\n",
+            _masks(),
+            "## Memory-bound passes\n",
+            _memory([[memory[name, model] for model in SHAPES] for name in PASSES]),
+            f"## `linear_log_probs` of {ROWS} rows, forward and all gradients: {qwen.name}\n",
+            _log_probs(qwen),
+        ]
+    )
 
 
 def _memory_cost(work: tuple[str, ModelShape]) -> MemoryCost:
@@ -68,87 +88,61 @@ def _memory_cost(work: tuple[str, ModelShape]) -> MemoryCost:
     return memory_cost(*work, GEOMETRY)
 
 
-def _datasheets() -> str:
-    rows = [
-        (x.name, x.arch, f"{x.bf16 / 1e12:.0f}", f"{x.fp64 / 1e12:.1f}", f"{x.bandwidth / 1e12:.2f}")
-        for x in ACCELERATORS
-    ]
-    return table(("product", "kernels of", "bf16 TFLOP/s", "float64 TFLOP/s", "TB/s"), rows)
+def _floor(**work: float) -> str:
+    return f"{H100.microseconds(**work):.1f}"
 
 
-def _model(model: ModelShape, memory: list[MemoryCost]) -> str:
-    rows = GEOMETRY.layout()
-    by_arch = {arch: attention_costs(model, rows, gpu) for arch, gpu in GPUS.items()}
-    sizes = f"hidden {model.hidden}, {model.layers} layers, {model.heads}/{model.kv_heads} heads of {model.head_dim}"
-    return "\n".join(
-        [
-            f"## {model.name} ({sizes})\n",
-            "### Attention kernels, one layer: what is needed, and the least time for it in microseconds\n",
-            _needed(by_arch["sm_90"]),
-            "### Operations done over operations needed, by architecture\n",
-            _ratios(by_arch),
-            "### Scores of the forward pass by other means\n",
-            _masks(model),
-            "### Memory-bound passes: bytes needed and moved, and the least time in microseconds\n",
-            _memory(memory),
-            f"### `linear_log_probs` of {ROWS} rows, forward and all gradients, on an H100\n",
-            _log_probs(model),
-        ]
+def _attention(costs: dict[ModelShape, dict[str, list[KernelCost]]]) -> str:
+    rows = []
+    for model, by_arch in costs.items():
+        heads = f"{model.heads}/{model.kv_heads} heads of {model.head_dim}"
+        for i, cost in enumerate(by_arch[H100.arch]):
+            ratios = {arch: here[i].done / here[i].operations for arch, here in by_arch.items()}
+            rows.append(
+                (
+                    f"`{cost.name}`",
+                    f"{model.name}: {heads}",
+                    f"{cost.operations / 1e9:.1f}",
+                    f"{cost.moved / 1e6:.1f}",
+                    f"{cost.loaded / 1e6:.0f}",
+                    _floor(operations=cost.operations, moved=cost.moved),
+                    *_on_h100_and_worst(ratios),
+                )
+            )
+        # Of the five products of a backward pass the two kernels do two twice, so as not to keep the scores.
+        ratios = {arch: (x[1].done + x[2].done) / (x[1].operations / 3 * 5) for arch, x in by_arch.items()}
+        rows.append(("both backward kernels", f"{model.name}: {heads}", "", "", "", "", *_on_h100_and_worst(ratios)))
+    header = ("kernel", "model", "GFLOP", "MB", "MB to and from caches", "least us", "done / needed", "at most")
+    return table(header, rows)
+
+
+def _on_h100_and_worst(ratios: dict[str, float]) -> tuple[str, str]:
+    return f"{ratios[H100.arch]:.3f}", f"{max(ratios.values()):.3f}"
+
+
+def _masks() -> str:
+    costs = mask_costs(GEOMETRY)
+    return table(
+        ("how", "rows", "times the needed"), [(x.how, x.rows, f"{x.pairs / costs[0].pairs:.2f}") for x in costs]
     )
 
 
-def _floor(**work: float) -> list[str]:
-    return [f"{x.microseconds(**work):.1f}" for x in ACCELERATORS]
-
-
-def _needed(costs: list[KernelCost]) -> str:
-    rows = [
-        (
-            f"`{cost.name}`",
-            f"{cost.operations / 1e9:.1f}",
-            f"{cost.moved / 1e6:.1f}",
-            f"{cost.loaded / 1e6:.0f}",
-            *_floor(operations=cost.operations, moved=cost.moved),
+def _memory(costs: list[list[MemoryCost]]) -> str:
+    rows = []
+    for of_models in costs:
+        first = of_models[0]
+        work = [{"moved": x.needed, "double_operations": x.double_operations} for x in of_models]
+        rows.append(
+            (
+                first.name,
+                ", ".join(f"`{kernel}`" for kernel in first.kernels),
+                " / ".join(f"{x.needed / 1e6:.1f}" for x in of_models),
+                " / ".join(_floor(**x) for x in work),
+                f"{max(x.moved / x.needed for x in of_models):.3f}",
+            )
         )
-        for cost in costs
-    ]
-    return table(("kernel", "GFLOP", "MB", "MB to and from caches", *(x.name for x in ACCELERATORS)), rows)
-
-
-def _ratios(by_arch: dict[str, list[KernelCost]]) -> str:
-    names = [cost.name for cost in by_arch["sm_90"]]
-    rows = [
-        (f"`{name}`", *(f"{costs[i].done / costs[i].operations:.3f}" for costs in by_arch.values()))
-        for i, name in enumerate(names)
-    ]
-    # Of the five products of a backward pass the two kernels do two twice, so as not to keep the scores.
-    whole = [(costs[1].done + costs[2].done) / (costs[1].operations / 3 * 5) for costs in by_arch.values()]
-    return table(("kernel", *by_arch), [*rows, ("both backward kernels", *(f"{x:.3f}" for x in whole))])
-
-
-def _masks(model: ModelShape) -> str:
-    costs = mask_costs(GEOMETRY)
-    operations = [4 * model.head_dim * model.heads * GEOMETRY.batch * cost.pairs for cost in costs]
-    rows = [
-        (cost.how, cost.rows, f"{work / 1e9:.1f}", f"{cost.pairs / costs[0].pairs:.2f}", *_floor(operations=work))
-        for cost, work in zip(costs, operations, strict=True)
-    ]
-    return table(("how", "rows", "GFLOP", "times the needed", *(x.name for x in ACCELERATORS)), rows)
-
-
-def _memory(costs: list[MemoryCost]) -> str:
-    rows = [
-        (
-            cost.name,
-            ", ".join(f"`{kernel}`" for kernel in cost.kernels),
-            f"{cost.needed / 1e6:.1f}",
-            f"{cost.moved / 1e6:.1f}",
-            f"{cost.moved / cost.needed:.3f}",
-            *_floor(moved=cost.needed, double_operations=cost.double_operations),
-        )
-        for cost in costs
-    ]
-    return table(("pass", "kernels", "MB needed", "MB moved", "ratio", *(x.name for x in ACCELERATORS)), rows)
+    names = " / ".join(model.name for model in SHAPES)
+    return table(("pass", "kernels", f"MB needed, {names}", "least us", "moved / needed, at most"), rows)
 
 
 def _log_probs(model: ModelShape) -> str:
@@ -182,15 +176,15 @@ Everything is for one layer at {setting}, bfloat16 (features float32), the promp
 * **GFLOP**: of the matrix products, two per multiply-add, over the (query, key) pairs that may attend: two products per
   pair in the forward pass and in a decoding step (the last one of a rollout is shown), three for dQ, four for dK, dV.
 * **MB**: inputs and outputs, each once. **MB to and from caches**: what the programs of the kernel ask for, on sm_90.
-* **Operations done**: over the pairs that the tiles cover, which are counted exactly from the layout and the tile that
-  the architecture gets. Goal for the forward kernel: at most {attention_goal}.
-* **MB moved**: what the kernels load and store, each time they do, counted while Triton's interpreter runs them: some
-  of the programs where all move the same, all of them on short prompts where they do not. What a cache answers counts
-  too. Goal: at most {memory_goal} of the needed. Two passes miss it, by what a cache answers: in the backward pass of a
+* **Least us**: microseconds on an {gpu}, the larger of operations / {bf16:.0f} TFLOP/s and needed bytes /
+  {bandwidth:.2f} TB/s. Softmax, launches and everything else that is neither are taken to be free.
+* **Done / needed**: operations over the pairs that the tiles cover, counted exactly from the layout and the tile, on
+  {arch}; **at most** on any architecture. Goal for the forward kernel: at most {attention_goal}.
+* **Moved / needed**: what the kernels load and store, each time they do, counted while Triton's interpreter runs them:
+  some of the programs where all move the same, all of them on short prompts where they do not. What a cache answers
+  counts too. Goal: at most {memory_goal}. Two passes miss it, by what a cache answers: in the backward pass of a
   mean, each of the G rows that it was taken over reads the gradient of the feature; for position ids and key ranges,
   each row looks up its anchor and its document.
-* **Least time**: the larger of operations / rate and needed bytes / bandwidth, for dense products without sparsity.
-  Softmax, launches and everything else that is neither are taken to be free.
 * **By other means**: the method's published code repeats the prompt for each sample and orders rollout tokens by (step,
   anchor); FlexAttention computes every 128 x 128 block that holds a pair, a dense mask every pair.
 * **`linear_log_probs`**: all products at {product_rate:.0f} TFLOP/s and, after them, passes at {copy_rate:.1f} TB/s,
@@ -202,7 +196,7 @@ Everything is for one layer at {setting}, bfloat16 (features float32), the promp
     the weight gradient is written once. The logits are bfloat16, as a product in bfloat16 gives them anywhere.
   * "tiles of all columns" reads and writes a weight gradient in float32 for each.
   * "logits in registers", without atomic additions: the accumulator of a gradient, 128 rows of all channels in float32,
-    is larger than the registers of a processor, so that each of the two is done in parts of 256 channels, and the
+    is larger than the registers of an SM, so that each of the two is done in parts of 256 channels, and the
     logits are computed for each part. This loses in products more than it saves in bytes.
 """
 

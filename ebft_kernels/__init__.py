@@ -5,7 +5,7 @@ from .attention import strided_attention, strided_attention_step
 from .diagnostics import build_info, self_test
 from .layout import StridedLayout
 from .logprob import linear_log_probs
-from .matching import FeatureMatching, feature_matching, match_hidden_states, mean_embedding_loss
+from .matching import FeatureMatching, feature_matching, mean_embedding_loss
 from .pooling import pool_features
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "build_info",
     "feature_matching",
     "linear_log_probs",
-    "match_hidden_states",
     "mean_embedding_loss",
     "pool_features",
     "select_impl",

@@ -17,8 +17,8 @@ IMPLS = ("auto", "reference", "torch", "triton", "native")
 
 # Op -> the folder that holds its implementations, and which of them exist, in the order in which "auto" prefers them.
 # `_torch` and `_reference` run on every device and for every dtype; the others may decline.
-# On CUDA Triton comes before native: its matching does in one kernel what takes the compiled code two, for any n, and
-# match_hidden_states stores no features. Neither has been timed on a GPU.
+# On CUDA Triton comes before native: its matching does in one kernel what takes the compiled code two, for any n.
+# Neither has been timed on a GPU.
 OPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "strided_attention": ("attention", ("triton", "native", "torch", "reference")),
     "strided_attention_step": ("attention", ("triton", "native", "torch", "reference")),

@@ -149,18 +149,6 @@ def _matching_results(match: matching.FeatureMatching) -> Results:
     return {name: getattr(match, name) for name in ("loss", "alignment", "reward", "advantage")}
 
 
-def _hidden_case(layout: StridedLayout, channels: int, mode: str, normalize: str, masked: bool) -> Case:
-    def run(tensors: dict[str, Tensor], impl: str) -> Results:
-        hidden = [x.detach() for x in tensors.values()]
-        rows = layout.to(hidden[0].device)
-        counted = _random(layout.batch_size, layout.length, seed=3).to(rows.device) > 0 if masked else None
-        options = {"pooling": mode, "normalize": normalize, "token_mask": counted, "whitening": "sample"}
-        return _matching_results(matching.match_hidden_states(hidden, rows, impl=impl, **options))
-
-    name = f"{mode}, {normalize}{', masked' if masked else ''}"
-    return Case("match_hidden_states", name, _hidden_inputs(layout, channels), run)
-
-
 def _log_probs_case(name: str, vocabulary: int, *, several: bool = False, **options: object) -> Case:
     def inputs() -> dict[str, Tensor]:
         return {"hidden": _random(50, 32, seed=0), "weight": _random(vocabulary, 32, seed=1)}
@@ -194,8 +182,6 @@ def cases(*, large: bool) -> tuple[Case, ...]:
         _matching_case(width, "sample", 4),
         _matching_case(width, "feature", 4, "group_norm"),
         _matching_case(width, "sample", 17),
-        _hidden_case(long, channels, "last_token", "joint", masked=False),
-        _hidden_case(short, channels, "concat", "per_layer", masked=True),
         _log_probs_case("", vocabulary),
         _log_probs_case("several targets of a row", vocabulary, several=True),
         _log_probs_case("softcap", vocabulary, softcap=5.0, scale=0.5),

@@ -142,36 +142,33 @@ def pooling_tiles(target: Target, layers: int, channels: int, itemsize: int, cop
     return [Tile({"BLOCK": block, "CHUNKS": chunks, "RESIDENT": int(resident)}, warps)]
 
 
-def declines(op: str, sizes: Mapping[str, int], *, layers: bool = False) -> str:
+def declines(op: str, sizes: Mapping[str, int]) -> str:
     """Why there are no kernels of ``op`` for these sizes where there are kernels; "" if there are.
 
-    Args:
-        sizes: as for :func:`ebft_kernels.select_impl`.
-        layers: whether matching goes from hidden states to rewards in one kernel.
+    ``sizes``: as for :func:`ebft_kernels.select_impl`.
     """
-    most = _most_distinct(bool(torch.version.hip), layers)
+    most = _most_distinct(bool(torch.version.hip))
     if op != "feature_matching" or sizes.get("n", 1) <= most or version() >= MULTIPLIES_FLOAT64:
         return ""
     needed, found = (".".join(map(str, x)) for x in (MULTIPLIES_FLOAT64, version()))
     return f"more than {most} rollouts per anchor need Triton {needed}, there is {found}"
 
 
-def _most_distinct(is_amd: bool, layers: bool) -> int:
+def _most_distinct(is_amd: bool) -> int:
     """Most rollouts whose inner products are summed up one by one; those of more are matrix products."""
-    return 4 if is_amd or layers else 8
+    return 4 if is_amd else 8
 
 
 @functools.cache
-def matching_tiles(target: Target, n: int, itemsize: int, *, layers: bool = False) -> list[Tile]:
-    """Tiles of the kernels that go from features, or from ``layers`` of hidden states, to rewards.
+def matching_tiles(target: Target, n: int, itemsize: int) -> list[Tile]:
+    """Tiles of the kernel that goes from features to rewards.
 
     A: anchors per program. Their small matrices fill a program's threads, which would otherwise all do the same float64
     arithmetic, and each warp sums up one of them. V: numbers per load of a thread, 16 bytes. DISTINCT: no inner product
-    is computed twice; 45 of them (n = 8) are what registers hold, unless those of several layers are alive. CDNA has
-    float64 matrix cores, and scalar registers for the masks of 15 only. NVIDIA's consumer GPUs have next to no float64,
-    so it is not for them to waste.
+    is computed twice; 45 of them (n = 8) are what registers hold. CDNA has float64 matrix cores, and scalar registers
+    for the masks of 15 only. NVIDIA's consumer GPUs have next to no float64, so it is not for them to waste.
     """
-    distinct = n <= _most_distinct(target.arch.startswith("gfx"), layers)
+    distinct = n <= _most_distinct(target.arch.startswith("gfx"))
     if target.arch == "interpreter":
         return [Tile({"A": 8 if distinct else 1, "BLOCK": 64, "V": 4, "DISTINCT": distinct}, 1)]
     width = 16 // itemsize

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ebft_kernels
-from ebft_kernels import _checks, _dispatch, _tiles, _triton
+from ebft_kernels import _checks, _dispatch, _triton
 
 OPS = (
     "strided_attention",
@@ -125,8 +125,6 @@ def test_an_older_triton_is_declined_for_what_it_cannot_compile(monkeypatch):
         monkeypatch.setattr(_triton, "_version", lambda: (3, 4))
         assert not _dispatch.why_not("feature_matching", "triton", device, torch.float32, few)
         assert not _dispatch.why_not("mean_embedding_loss", "triton", device, torch.float32, many)
-        assert not _tiles.declines("feature_matching", {"n": 4}, layers=True)
-        assert _tiles.declines("feature_matching", {"n": 5}, layers=True)
         with pytest.raises(ValueError, match=r"more than 8 rollouts per anchor need Triton 3\.5, there is 3\.4\)"):
             _dispatch.resolve_impl("feature_matching", "triton", device, torch.float32, many)
         assert _dispatch.resolve_impl("feature_matching", "auto", device, torch.float32, many) == "torch"

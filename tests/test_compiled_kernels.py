@@ -30,12 +30,20 @@ def kernel_names() -> set[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def checked() -> tuple[subprocess.CompletedProcess, str]:
+    """What the tool says of the document, and every case, which stays in bench-output."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    details = ROOT / "bench-output" / "compiled-kernels.md"
+    command = [sys.executable, "-m", "bench.compiled_kernels", "--check", "--details", str(details)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return result, details.read_text(encoding="utf-8")
+
+
 @pytest.mark.speed
 @pytest.mark.timeout(1800)  # some minutes on two cores, if nobody else works on them
-def test_the_document_is_what_the_kernels_compile_to_and_nothing_is_wrong_with_them():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compiled_kernels", "--check"]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def test_the_document_is_what_the_kernels_compile_to_and_nothing_is_wrong_with_them(checked):
+    result, _ = checked
     assert result.returncode == 0, f"{result.stderr[-6000:]}\nIf this is wanted: {compiled_kernels.COMMAND}"
 
 
@@ -56,16 +64,18 @@ def test_a_kernel_that_does_not_compile_is_named_and_hides_no_other(monkeypatch)
     assert row.case == "broken" and row.problems == ("does not compile: RuntimeError: last line",)
 
 
-def sections() -> dict[str, str]:
-    """The document's sections by their titles: architectures, with "CUDA on" before those of the CUDA kernels."""
-    parts = re.split(r"^## ", compiled_kernels.DOCUMENT.read_text(encoding="utf-8"), flags=re.M)[1:]
+def summary() -> dict[str, str]:
+    """The parts of the document by their titles."""
+    parts = re.split(r"^# ", compiled_kernels.DOCUMENT.read_text(encoding="utf-8"), flags=re.M)[1:]
     return dict(part.split("\n", 1) for part in parts)
 
 
 def test_the_document_has_every_kernel_on_every_architecture():
-    assert list(sections()) == [*GPUS, *(f"CUDA on {arch}" for arch in _cuda_kernels.ARCHS)]
-    for arch in GPUS:
-        assert kernel_names() <= set(re.findall(r"^\| `(\w+)`", sections()[arch], flags=re.M))
+    triton, cuda = summary()["Triton kernels"], summary()["CUDA kernels"]
+    assert f"| kernel | {' | '.join(GPUS)} |" in triton and f"| kernel | {' | '.join(_cuda_kernels.ARCHS)} |" in cuda
+    assert set(re.findall(r"^\| `(\w+)`", triton, flags=re.M)) == kernel_names()
+    assert set(re.findall(r"^\| `(\w+)`", cuda, flags=re.M)) == {name for name, _ in cuda_kernels()}
+    assert "-" not in re.findall(r"\| (\S+) (?=\|)", triton + cuda)
 
 
 def cuda_kernels() -> set[tuple[str, str]]:
@@ -83,17 +93,29 @@ def cuda_kernels() -> set[tuple[str, str]]:
     }
 
 
-def test_the_document_has_every_cuda_kernel_with_all_types_and_sizes():
+def test_every_cuda_kernel_is_known_with_all_types_and_sizes():
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     assert {name for name, _ in cuda_kernels()} == set(re.findall(r"(?<!launch\(\")\b([a-z_]+_kernel)\(", sources))
     assert {name for name, _ in _cuda_kernels.NARROW} <= {name for name, _ in cuda_kernels()}
-    for arch in _cuda_kernels.ARCHS:
-        rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\|", sections()[f"CUDA on {arch}"], flags=re.M)
+    compiled = _cuda_kernels.read_all()
+    for arch in _cuda_kernels.ARCHS if compiled else ():
+        here = [(kernel.name, kernel.arguments) for kernel in compiled if kernel.arch == arch]
+        assert set(here) == cuda_kernels() and len(here) == len(cuda_kernels())
+
+
+@pytest.mark.speed
+@pytest.mark.timeout(1800)
+def test_the_details_have_every_kernel_on_every_architecture(checked):
+    parts = dict(part.split("\n", 1) for part in re.split(r"^## ", checked[1], flags=re.M)[1:])
+    for arch in GPUS:
+        assert set(re.findall(r"^\| `(\w+)`", parts[arch], flags=re.M)) == kernel_names()
+    for arch in _cuda_kernels.ARCHS if _cuda_kernels.compiler() else ():
+        rows = re.findall(r"^\| `(\w+)` \| (.*?) ?\|", parts[f"CUDA on {arch}"], flags=re.M)
         assert set(rows) == cuda_kernels() and len(rows) == len(cuda_kernels())
 
 
 def test_what_is_demanded_of_a_cuda_kernel():
-    good = _cuda_kernels.Kernel("pool_fwd_kernel", "float32", 60, 0, 32, {"LDG.128": 8, "STG.128": 1})
+    good = _cuda_kernels.Kernel("sm_80", "pool_fwd_kernel", "float32", 60, 0, 32, {"LDG.128": 8, "STG.128": 1})
     assert not list(_cuda_kernels.problems(good))
     assert list(_cuda_kernels.problems(good._replace(spilled=8))) == ["spills 8 bytes per thread"]
     narrow = good._replace(instructions={"LDG.64": 8, "STG.64": 1})
@@ -125,18 +147,19 @@ def test_spills_of_a_cuda_kernel_would_be_seen(tmp_path):
 
 
 def test_cuda_kernels_that_were_not_built_or_by_another_cuda_are_not_compared(monkeypatch, capsys):
-    document = compiled_kernels.DOCUMENT.read_text(encoding="utf-8")
-    monkeypatch.setattr(_cuda_kernels, "compiler", lambda: "")
-    part, problems = compiled_kernels._cuda_part(check=True)
-    assert not problems and part.startswith("# CUDA kernels\n") and document.endswith(f"\n{part}")
-    assert "no CUDA kernels to look at: CPU: " in capsys.readouterr().err
-    spilling = _cuda_kernels.Kernel("geometry_kernel", "", 60, 8, 0, {})
-    monkeypatch.setattr(_cuda_kernels, "compiler", lambda: "CUDA 1.0")
-    monkeypatch.setattr(_cuda_kernels, "read", lambda _arch: [spilling])
-    same, problems = compiled_kernels._cuda_part(check=True)
-    assert same == part and problems[0] == "sm_80 geometry_kernel (): spills 8 bytes per thread"
-    assert "not compared with what the document says of CUDA kernels: CUDA 1.0" in capsys.readouterr().err
-    assert "compiled by CUDA 1.0." in compiled_kernels._cuda_part(check=False)[0]
+    _, heading, committed = compiled_kernels.DOCUMENT.read_text(encoding="utf-8").partition("# CUDA kernels")
+    kernels = [_cuda_kernels.Kernel(arch, "geometry_kernel", "", 60, 0, 0, {}) for arch in _cuda_kernels.ARCHS]
+    for compiler, read, said in (("", [], "there are none: CPU: "), ("CUDA 1.0", kernels, "CUDA kernels: CUDA 1.0")):
+        monkeypatch.setattr(_cuda_kernels, "compiler", lambda compiler=compiler: compiler)
+        assert compiled_kernels._document([], read, check=True).endswith(heading + committed)
+        assert said in capsys.readouterr().err
+    written = compiled_kernels._document([], kernels, check=False)
+    assert "compiled by CUDA 1.0." in written and "| `geometry_kernel` | 60 / 0 / 8 |" in written
+
+
+def test_a_spilling_cuda_kernel_is_named():
+    spilling = _cuda_kernels.Kernel("sm_80", "geometry_kernel", "", 60, 8, 0, {})
+    assert list(_cuda_kernels.problems(spilling)) == ["spills 8 bytes per thread"]
 
 
 def test_the_document_is_of_the_version_that_is_tested():

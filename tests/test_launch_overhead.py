@@ -26,7 +26,6 @@ def test_every_function_that_launches_kernels_is_measured(measured):
         "mean_embedding_loss forward",
         "mean_embedding_loss backward",
         "feature_matching forward",
-        "match_hidden_states forward",
         "dense_mask forward",
         "geometry forward",
     }

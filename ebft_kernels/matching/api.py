@@ -10,12 +10,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, check_finite, check_int, check_option, check_tensor
 from .._dispatch import implementation, resolve_impl
-from .._tiles import declines
 from .._transforms import check_transforms, once_differentiable
-from ..layout import StridedLayout
-from ..pooling import pool_features
-from ..pooling.api import check_hidden_states, feature_rows
-from ..pooling.modes import NORMALIZATIONS, POOLINGS
 from . import _reference
 
 WHITENINGS = ("none", "sample", "feature")
@@ -176,83 +171,6 @@ def feature_matching(
     return _results(results, valid, per_token=per_token)
 
 
-@torch.no_grad()
-def match_hidden_states(
-    hidden_states: Sequence[Tensor],
-    layout: StridedLayout,
-    *,
-    pooling: str = "last_token",
-    normalize: str = "joint",
-    token_mask: Tensor | None = None,
-    rollout_mask: Tensor | None = None,
-    whitening: str = "none",
-    alignment_coef: float = 1.0,
-    diversity_coef: float = 1.0,
-    estimator: str = "rloo",
-    groups: int = 1,
-    valid: Tensor | None = None,
-    impl: str = "auto",
-) -> FeatureMatching:
-    """:func:`ebft_kernels.pool_features`, then :func:`feature_matching`, without the features in between. No gradient.
-
-    On a GPU one kernel goes from the hidden states to the rewards and stores no features. It does so for the poolings
-    "last_token", "concat" and "token", ``groups`` of 1 or L, n <= 16 and dtypes below float64. Everything else is the
-    two calls one after the other, as it is for every other ``impl``: a ``rollout_mask``, with which each rollout pools
-    rows of its own, and above all "mean", whose tokens would have to be read twice, which moves more memory than its
-    features. The kernel does not round features to float32, so its results differ from those of the two calls by what
-    that rounding does.
-
-    Args:
-        hidden_states: L tensors [B, S, C], the tapped layers; float64, float32, bfloat16 or float16, all alike.
-        layout: the packed rows' layout, on the same device.
-        pooling, normalize, token_mask, rollout_mask: as for :func:`ebft_kernels.pool_features`.
-        whitening, alignment_coef, diversity_coef, estimator, groups: as for :func:`feature_matching`.
-        valid: [B, A] bool; every result is 0 for the other anchors. None: all are valid.
-        impl: as for :func:`ebft_kernels.pool_features`.
-
-    Returns:
-        :class:`FeatureMatching`, float32 (float64 for float64 hidden states).
-
-    Raises:
-        ValueError: a shape, device or option that does not fit, F not divisible by ``groups``.
-        TypeError: another type or dtype.
-    """
-    hidden_states = check_hidden_states(hidden_states, layout, token_mask, rollout_mask)
-    check_option("pooling", pooling, POOLINGS)
-    check_option("normalize", normalize, NORMALIZATIONS)
-    first, layers = hidden_states[0], len(hidden_states)
-    mode = POOLINGS[pooling]
-    width = layers * first.shape[-1] * (layout.horizon if mode.side_by_side else 1)
-    if width == 0:
-        raise ValueError(f"hidden_states: expected at least one channel, got shape {list(first.shape)}")
-    _check_options(whitening, alignment_coef, diversity_coef, estimator, groups, width)
-    if valid is not None:
-        sizes = {"B": layout.batch_size, "A": layout.num_anchors}
-        check_tensor("valid", valid, "B A", sizes, dtype=torch.bool, device=layout.device)
-    resolved = resolve_impl("pool_features", impl, first.device, first.dtype)
-    resolve_impl("feature_matching", impl, first.device, first.dtype, {"n": layout.samples})
-    coefs = (float(alignment_coef), float(diversity_coef))
-    in_one = resolved == "triton" and not mode.adds_up and groups in (1, layers) and layout.samples <= 16
-    in_one = in_one and rollout_mask is None
-    in_one = in_one and not declines("feature_matching", {"n": layout.samples}, layers=True)
-    if not in_one:
-        masks = {"token_mask": token_mask, "rollout_mask": rollout_mask}
-        features = pool_features(hidden_states, layout, pooling=pooling, normalize=normalize, impl=impl, **masks)
-        return feature_matching(
-            *features,
-            whitening=whitening,
-            alignment_coef=coefs[0],
-            diversity_coef=coefs[1],
-            estimator=estimator,
-            groups=groups,
-            valid=valid,
-            impl=impl,
-        )
-    rows = feature_rows(layout, token_mask, last_only=mode.last_only)
-    results = _hidden_op(hidden_states, *rows, pooling, normalize, whitening, *coefs, estimator, groups)
-    return _results(results, valid, per_token=mode.own_axis)
-
-
 def _results(results: Sequence[Tensor], valid: Tensor | None, *, per_token: bool) -> FeatureMatching:
     loss, *others = results
     if per_token:
@@ -354,24 +272,3 @@ def _(rollouts, targets, *_options):
     dtype = torch.promote_types(rollouts.dtype, torch.float32)
     loss = targets.new_empty(targets.shape[:-1], dtype=dtype)
     return loss, *(rollouts.new_empty(rollouts.shape[:-1], dtype=dtype) for _ in range(4))
-
-
-@torch.library.custom_op(
-    "ebft_kernels::match_hidden_states",
-    mutates_args=(),
-    schema="(Tensor[] hidden_states, Tensor rollout_rows, Tensor target_rows, Tensor? weight, str pooling, "
-    "str normalize, str whitening, float alignment_coef, float diversity_coef, str estimator, SymInt groups) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _hidden_op(*arguments):
-    """Loss, alignment, diversity, reward, advantage; see ``_triton_hidden.forward`` for the arguments."""
-    from ._triton_hidden import forward
-
-    return forward(*arguments)
-
-
-@_hidden_op.register_fake
-def _(hidden_states, rollout_rows, target_rows, _weight, pooling, *_options):
-    leading = target_rows.shape if POOLINGS[pooling].own_axis else target_rows.shape[:2]
-    loss = hidden_states[0].new_empty(leading, dtype=torch.float32)
-    return loss, *(loss.new_empty(*leading, rollout_rows.shape[2]) for _ in range(4))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebft_kernels import StridedLayout, feature_matching, match_hidden_states, mean_embedding_loss, select_impl
+from ebft_kernels import feature_matching, mean_embedding_loss, select_impl
 from ebft_kernels.testing import assert_within_budget, feature_inputs, randn
 
 from ..golden import test_matching_golden as golden
@@ -230,14 +230,6 @@ def test_17_rollouts_are_declined_and_left_to_others():
     assert select_impl("feature_matching", "cpu", x.dtype, sizes={"n": 17}) == "torch"
     for a, b in zip(feature_matching(x, y), feature_matching(x, y, impl="torch"), strict=True):
         assert torch.equal(a, b)
-
-
-def test_17_rollouts_are_declined_before_hidden_states_are_pooled(monkeypatch):
-    layout = StridedLayout.strided(1, 4, context=1, stride=1, horizon=1, samples=17)
-    hidden = [torch.zeros(1, layout.packed_length, 2)]
-    monkeypatch.setattr(matching.api, "pool_features", None)
-    with pytest.raises(ValueError, match="at most n = 16, got 17"):
-        match_hidden_states(hidden, layout, impl="native")
 
 
 def test_an_error_of_cuda_comes_with_the_name_of_the_kernel_and_the_launch_geometry(cuda):

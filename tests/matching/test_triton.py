@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebft_kernels import StridedLayout, feature_matching, match_hidden_states, mean_embedding_loss, pool_features
+from ebft_kernels import feature_matching, mean_embedding_loss
 from ebft_kernels._tiles import declines
-from ebft_kernels.matching import _triton, _triton_hidden, api
+from ebft_kernels.matching import _triton, api
 from ebft_kernels.testing import assert_within_budget, feature_inputs, randn
 
 from ..op_checks import assert_compiles, results_and_gradients
@@ -22,7 +22,7 @@ FLOAT32 = torch.finfo(torch.float32).eps
 MANY = pytest.mark.skipif(bool(declines("feature_matching", {"n": 9})), reason=declines("feature_matching", {"n": 9}))
 
 
-def recorded_launches(monkeypatch, module=_triton) -> list[tuple[str, dict[str, int]]]:
+def recorded_launches(monkeypatch) -> list[tuple[str, dict[str, int]]]:
     """The kernels that are launched from now on, with the sizes of their tiles."""
     launches = []
 
@@ -30,8 +30,8 @@ def recorded_launches(monkeypatch, module=_triton) -> list[tuple[str, dict[str, 
         launches.append((kernel.__name__, dict(tiles[0].sizes)))
         return plain(kernel, grid, *args, tiles=tiles, **options)
 
-    plain = module.launch
-    monkeypatch.setattr(module, "launch", launch)
+    plain = _triton.launch
+    monkeypatch.setattr(_triton, "launch", launch)
     return launches
 
 
@@ -212,180 +212,18 @@ def test_equal_features_have_no_unbiased_loss_but_rounding():
     assert abs(loss.item() - 131 * float((x[0, 0, 0, 0] + 1e-3) - 100) ** 2) <= 131 * FLOAT32 * 1e-6
 
 
-def layout_of(samples: int) -> StridedLayout:
-    return StridedLayout.strided(2, 7, context=2, stride=2, horizon=2, samples=samples, device=DEVICE)
-
-
-def hidden_inputs(layout: StridedLayout, *, layers: int = 2, channels: int = 5, dtype=torch.float32) -> list[Tensor]:
-    """Layers of different size, whose tokens have much in common, and with equal rollouts at every other anchor."""
-    hidden = []
-    for i in range(layers):
-        shape = (layout.batch_size, layout.packed_length, channels)
-        x = (1 + i) * (randn(1, 1, channels, seed=9) + 0.5 * randn(*shape, seed=i))
-        if layout.samples > 1:
-            layout.to("cpu").rollouts(x)[:, ::2, 1] = layout.to("cpu").rollouts(x)[:, ::2, 0]
-        hidden.append(x.to(device=DEVICE, dtype=dtype))
-    return hidden
-
-
-def some_tokens(layout: StridedLayout) -> Tensor:
-    """In the first row no token of the first window counts, and of the second the last."""
-    mask = torch.ones(layout.batch_size, layout.length, dtype=torch.bool, device=DEVICE)
-    mask[0, :5] = False
-    return mask
-
-
-HIDDEN = [
-    ("last_token", "joint", 1, "sample", False),
-    ("last_token", "joint", 2, "feature", True),
-    ("last_token", "per_layer", 1, "sample", False),
-    ("last_token", "none", 2, "none", True),
-    ("token", "joint", 2, "sample", True),
-    ("token", "per_layer", 1, "none", False),
-    ("concat", "joint", 1, "sample", True),
-    ("concat", "per_layer", 2, "feature", False),
-    ("concat", "none", 1, "none", True),
-]
-
-
-def assert_matches_hidden_states(layout, hidden, **options) -> None:
-    """As the two calls one after the other in float64 do, and no further from them than those in float32."""
-    exact = [h.double() for h in hidden]
-    truth = match_hidden_states(exact, layout, impl="reference", **options)
-    plain = match_hidden_states([h.float() for h in hidden], layout, impl="torch", **options)
-    result = match_hidden_states(hidden, layout, impl="triton", **options)
-    for name, *tensors in zip(result._fields, result, plain, truth, strict=True):
-        assert tensors[0].dtype == torch.float32
-        assert_within_budget(*tensors, name)
-
-
-@pytest.mark.parametrize(("pooling", "normalize", "groups", "whitening", "masked"), HIDDEN)
-def test_from_hidden_states(pooling, normalize, groups, whitening, masked, monkeypatch):
-    launches = recorded_launches(monkeypatch, _triton_hidden)
-    layout = layout_of(4)
-    options = {"pooling": pooling, "normalize": normalize, "groups": groups, "whitening": whitening}
-    mask = some_tokens(layout) if masked else None
-    assert_matches_hidden_states(layout, hidden_inputs(layout), token_mask=mask, diversity_coef=0.3, **options)
-    assert [name for name, _ in launches] == ["match_hidden_kernel"]
-
-
-@pytest.mark.parametrize(
-    ("n", "dtype"),
-    [(1, torch.float32), (3, torch.bfloat16), (5, torch.float16), pytest.param(9, torch.float32, marks=MANY)],
-)
-def test_from_hidden_states_of_several_tiles(n, dtype):
-    layout = StridedLayout.strided(1, 5, context=2, stride=1, horizon=2, samples=n, device=DEVICE)
-    hidden = hidden_inputs(layout, layers=2, channels=70, dtype=dtype)
-    valid = torch.tensor([[True, False]], device=DEVICE)
-    assert_matches_hidden_states(layout, hidden, whitening="sample", estimator="group_norm", valid=valid)
-
-
-@pytest.mark.parametrize(
-    ("samples", "changes"),
-    [(2, {"pooling": "mean"}), (2, {"groups": 5}), pytest.param(17, {"whitening": "sample"}, marks=MANY)],
-)
-def test_what_goes_through_stored_features(samples, changes, monkeypatch):
-    hidden_launches = recorded_launches(monkeypatch, _triton_hidden)
-    launches = recorded_launches(monkeypatch)
-    layout = StridedLayout.strided(1, 5, context=2, stride=2, horizon=2, samples=samples, device=DEVICE)
-    hidden = hidden_inputs(layout)
-    result = match_hidden_states(hidden, layout, impl="triton", **changes)
-    pooling = {"pooling": changes.pop("pooling", "last_token")}
-    expected = feature_matching(*pool_features(hidden, layout, impl="triton", **pooling), impl="triton", **changes)
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    assert not hidden_launches and len(launches) == 2
-
-
-def test_rollouts_that_end(monkeypatch):
-    """Each pools rows of its own, which the kernel for hidden states does not."""
-    hidden_launches = recorded_launches(monkeypatch, _triton_hidden)
-    layout = layout_of(3)
-    hidden = hidden_inputs(layout)
-    ends = torch.randint(1, layout.horizon + 1, (2, 2, 3, 1), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(layout.horizon) < ends).to(DEVICE)
-    result = match_hidden_states(hidden, layout, rollout_mask=mask, impl="triton")
-    expected = feature_matching(*pool_features(hidden, layout, rollout_mask=mask, impl="triton"), impl="triton")
-    whole = match_hidden_states(hidden, layout, impl="triton")
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    assert not torch.allclose(result.reward, whole.reward) and len(hidden_launches) == 1
-
-
-def test_hidden_states_are_read_where_they_are():
-    """Views whose channels lie side by side; what is not finite stays in its anchor."""
-    layout = layout_of(2)
-    wide = torch.cat(hidden_inputs(layout, channels=6), -1)
-    views = [wide[..., 1:6], wide[..., 7:12]]
-    expected = match_hidden_states([v.contiguous() for v in views], layout, whitening="sample", impl="triton")
-    result = match_hidden_states(views, layout, whitening="sample", impl="triton")
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
-    layout.rollouts(wide)[0, 1, 0, -1, 2] = math.nan
-    broken = match_hidden_states(views, layout, whitening="sample", impl="triton")
-    assert broken.reward[0, 1].isnan().any()
-    elsewhere = torch.ones(2, 2, dtype=torch.bool, device=DEVICE)
-    elsewhere[0, 1] = False
-    assert all(torch.equal(a[elsewhere], b[elsewhere]) for a, b in zip(broken, expected, strict=True))
-
-
-@pytest.mark.parametrize("pooling", ("last_token", "token"))
-def test_registration(pooling):
-    layout = layout_of(2)
+def test_registration():
     x, y = features(1, 2, 3, 6)
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     torch.library.opcheck(api._matching_op, (x, y, "sample", 1.0, 0.5, "rloo", 2, "triton"), **checks)
     torch.library.opcheck(api._mean_embedding_op, (x, y, True, "triton"), **checks)
     grads = (randn(1, 2, seed=1, dtype=torch.float32, device=DEVICE), x, y, True, "triton")
     torch.library.opcheck(api._mean_embedding_backward_op, grads, **checks)
-    rows = api.feature_rows(layout, None, last_only=pooling == "last_token")
-    arguments = (hidden_inputs(layout), *rows, pooling, "joint", "none", 1.0, 1.0, "rloo", 1)
-    torch.library.opcheck(api._hidden_op, arguments, **checks)
 
 
 def test_compiles_without_breaks():
-    layout = layout_of(2)
-
-    def match(x, y, hidden):
+    def match(x, y):
         loss = mean_embedding_loss(x, y, unbiased=True, impl="triton")
-        return loss, feature_matching(x, y, impl="triton"), match_hidden_states(hidden, layout, impl="triton")
+        return loss, feature_matching(x, y, impl="triton")
 
-    calls = [(*features(1, 2, 3, 6), hidden_inputs(layout)) for _ in range(2)]
-    assert_compiles(match, calls, graphs=1)
-
-
-LAYOUT = StridedLayout.strided(2, 7, context=2, stride=2, horizon=2, samples=2)
-ARGUMENTS = {"hidden_states": [torch.zeros(2, LAYOUT.packed_length, 3)], "layout": LAYOUT}
-BAD = [
-    ({"hidden_states": []}, ValueError, "hidden_states: expected at least one tensor"),
-    ({"layout": 3}, TypeError, "layout: expected a StridedLayout, got int"),
-    (
-        {"hidden_states": [torch.zeros(2, LAYOUT.packed_length, 0)]},
-        ValueError,
-        "hidden_states: expected at least one channel",
-    ),
-    ({"pooling": "max"}, ValueError, "pooling: expected one of"),
-    ({"normalize": "l2"}, ValueError, "normalize: expected one of"),
-    ({"whitening": "zca"}, ValueError, "whitening: expected one of"),
-    ({"estimator": "grpo"}, ValueError, "estimator: expected one of"),
-    ({"groups": 2}, ValueError, "groups: expected a divisor of F = 3, got 2"),
-    ({"valid": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"valid: expected shape \[B=2, A=2\]"),
-    ({"rollout_mask": torch.ones(2, 2, 2, 3, dtype=torch.bool)}, ValueError, "rollout_mask: expected shape"),
-    ({"impl": "fast"}, ValueError, "impl: expected one of"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_bad_input_is_named(change, error, message):
-    with pytest.raises(error, match=message):
-        match_hidden_states(**{**ARGUMENTS, **change})
-
-
-@pytest.mark.parametrize("impl", ("auto", "torch", "reference"))
-def test_other_implementations_are_the_two_calls(impl):
-    layout = layout_of(3)
-    hidden = [h.double() for h in hidden_inputs(layout)]
-    valid = torch.tensor([[True, False], [True, True]], device=DEVICE)
-    options = {"whitening": "feature", "estimator": "group_norm", "groups": 2, "valid": valid, "impl": impl}
-    result = match_hidden_states(hidden, layout, pooling="token", normalize="per_layer", **options)
-    pooled = pool_features(hidden, layout, pooling="token", normalize="per_layer", impl=impl)
-    expected = feature_matching(*pooled, **options)
-    assert result.reward.shape == (2, 2, 3, 2) and result.reward.dtype == torch.float64
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert_compiles(match, [features(1, 2, 3, 6) for _ in range(2)], graphs=1)
