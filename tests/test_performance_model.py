@@ -195,22 +195,21 @@ def table_rows(first_column: str) -> list[list[str]]:
 
 
 def test_the_goal_of_the_attention_forward_kernel():
-    ratios = [row[1:] for row in table_rows("`strided_attention_fwd_kernel`") if len(row) == 1 + len(GPUS)]
+    ratios = [row[-2:] for row in table_rows("`strided_attention_fwd_kernel`")]
     assert len(ratios) == len(_cases.SHAPES)
     assert all(1 <= float(x) <= cost.ATTENTION_GOAL for row in ratios for x in row)
 
 
 @pytest.mark.parametrize("name", _memory_cost.PASSES)
 def test_the_goal_of_the_memory_bound_kernels(name):
-    ratios = [float(row[4]) for row in table_rows(name)]
-    assert len(ratios) == len(_cases.SHAPES)
-    assert all(1 <= x <= KNOWN_MISSES.get(name, _memory_cost.MEMORY_GOAL) for x in ratios), ratios
+    ((*_, ratio),) = table_rows(name)
+    assert 1 <= float(ratio) <= KNOWN_MISSES.get(name, _memory_cost.MEMORY_GOAL)
 
 
 def test_missed_goals_are_stated_in_the_document():
     for name, ratio in KNOWN_MISSES.items():
         assert ratio > _memory_cost.MEMORY_GOAL
-        assert max(float(row[4]) for row in table_rows(name)) > _memory_cost.MEMORY_GOAL  # else it is no miss any more
+        assert float(table_rows(name)[0][-1]) > _memory_cost.MEMORY_GOAL  # else it is no miss any more
 
 
 def test_the_least_time_is_that_of_the_scarcest():
@@ -224,4 +223,3 @@ def test_the_document_says_that_it_is_computed():
     text = performance_model.DOCUMENT.read_text(encoding="utf-8")
     assert "Computed, not measured" in text
     assert all(model.name in text for model in _cases.SHAPES)
-    assert all(x.name in text for x in ACCELERATORS)
