@@ -52,6 +52,11 @@ def once_differentiable(op: str, backward_op: torch.library.CustomOpDef) -> None
     backward_op.register_autograd(refuse)
 
 
+def transforming() -> bool:
+    """Whether this runs within a transform of ``torch.func``: new tensors are then wrapped, and have no memory."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
 def map_in_turn(op: torch.library.CustomOpDef) -> None:
     """Have vmap run ``op`` on one input after the other, as PyTorch has it for ops that take no list of tensors."""
 

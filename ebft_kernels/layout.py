@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _layout_native, _native, _triton
 from ._checks import INT_LIMIT, INTEGER, check_int, check_option, check_tensor
+from ._transforms import transforming
 
 
 class KeyRanges(NamedTuple):
@@ -599,7 +600,7 @@ def _kernels(x: Tensor) -> ModuleType | None:
 
     Within a transform of ``torch.func`` new tensors are wrapped, and have no memory that a kernel could write to.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._functorch.peek_interpreter_stack():
+    if torch.compiler.is_compiling() or type(x) is not Tensor or transforming():
         return None
     if x.device.type == "cuda" and not _triton.why_not("cuda"):
         from . import _layout_triton

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..layout import StridedLayout
-from ._models import ModelFacts, attention_dropout, base_model
+from ._models import ModelFacts, attention_dropout, base_model, evaluation_mode
 from ._output_head import OutputHead, in_place_of_head
 from ._strided_attention import Selection
 
@@ -60,18 +60,14 @@ def static_reason(model: nn.Module, known: ModelFacts, training: bool) -> str:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradient, exact float32 products; modes, precision and random states are put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
     precision = torch.get_float32_matmul_precision()
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        model.eval()
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
         torch.set_float32_matmul_precision("highest")
         try:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
-            for module, training in modes:
-                module.training = training
 
 
 def probe_layout(device: torch.device) -> StridedLayout:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 
 _ATTENTION_LAYERS = ("full_attention", "sliding_attention", "attention")
 _CALL_DEPENDENT_ROPE = ("dynamic", "longrope")
+# What wrappers call the module that they wrap: torch.compile, DDP and DeepSpeed, FSDP.
+_WRAPPED = ("_orig_mod", "module", "_fsdp_wrapped_module")
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_dropout_prob")
 
 
@@ -43,6 +47,24 @@ class ModelFacts:
 _facts: WeakKeyDictionary[nn.Module, ModelFacts] = WeakKeyDictionary()
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers or PEFT model inside DDP, FSDP and ``torch.compile``.
+
+    Raises:
+        TypeError: there is none.
+    """
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        # Their own submodules: wrappers pass attributes that they lack on to what they wrap.
+        wrapped = next((inner._modules[name] for name in _WRAPPED if name in getattr(inner, "_modules", ())), None)
+        if wrapped is None and hasattr(inner, "get_base_model"):
+            return inner
+        if wrapped is None:
+            raise TypeError(f"model: expected a transformers model or a wrapper of one, got {type(model).__name__}")
+        inner = wrapped
+    return inner
+
+
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside DDP, FSDP, ``torch.compile`` and PEFT wrappers.
 
@@ -50,22 +72,28 @@ def base_model(model: nn.Module) -> PreTrainedModel:
         TypeError: there is none.
         ValueError: a PEFT wrapper puts virtual tokens in front of the input.
     """
-    inner: Any = model
-    while not isinstance(inner, PreTrainedModel):
-        if hasattr(inner, "get_base_model"):
-            if any(getattr(adapter, "is_prompt_learning", False) for adapter in inner.peft_config.values()):
-                raise ValueError(
-                    f"{architecture_of(inner.get_base_model())}: PEFT prompt learning puts virtual tokens in front of "
-                    "the input, which packed rows have no place for"
-                )
-            inner = inner.get_base_model()
-        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
-            inner = inner._orig_mod
-        elif isinstance(getattr(inner, "module", None), nn.Module):
-            inner = inner.module
-        else:
-            raise TypeError(f"model: expected a transformers model or a wrapper of one, got {type(model).__name__}")
-    return inner
+    inner = unwrapped(model)
+    if isinstance(inner, PreTrainedModel):
+        return inner
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in inner.peft_config.values()):
+        raise ValueError(
+            f"{architecture_of(inner.get_base_model())}: PEFT prompt learning puts virtual tokens in front of the "
+            "input, which packed rows have no place for"
+        )
+    return base_model(inner.get_base_model())
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode; on exit every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def decoder_of(base: PreTrainedModel) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..logprob._tiled import multiply
-from ._models import architecture_of, base_model, decoder_of, last_hidden
+from ._models import architecture_of, base_model, decoder_of, evaluation_mode, last_hidden
 
 
 class OutputHead(NamedTuple):
@@ -197,14 +197,8 @@ def _own_logits(model: nn.Module, forms: Sequence[tuple[float, float | None]]) -
 
     embeddings = base.get_input_embeddings()
     tokens = torch.arange(1, 6, device=embeddings.weight.device)[None] % embeddings.weight.shape[0]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with in_place_of_head(model, forms[0], compute):
-            logits = model(input_ids=tokens, use_cache=False).logits
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model), in_place_of_head(model, forms[0], compute):
+        logits = model(input_ids=tokens, use_cache=False).logits
     if len(found) != len(forms):
         calls = len(found) // len(forms)
         raise ValueError(f"{architecture_of(base)}: expected one call of its vocabulary head, saw {calls}")

@@ -29,7 +29,7 @@ from .._checks import check_int
 from ..layout import StridedLayout, check_layout
 from . import _model_check
 from ._model_check import ModelSupport
-from ._models import ModelFacts, base_model, decoder_layers, decoder_of, facts, last_hidden
+from ._models import ModelFacts, base_model, decoder_layers, decoder_of, evaluation_mode, facts, last_hidden, unwrapped
 from ._output_head import OutputHead, head_form, in_place_of_head, output_head
 from ._router_loss import router_loss_coefficient, router_losses
 from ._strided_attention import NAME, Selection, StridedCall, carrier_mask, register, row_mask
@@ -40,15 +40,19 @@ __all__ = [
     "OutputHead",
     "StridedCache",
     "apply_head",
+    "base_model",
     "check_length",
     "check_model",
     "check_train_mode",
     "decoder_layers",
+    "evaluation_mode",
+    "facts",
     "hidden_states",
     "output_head",
     "router_loss_coefficient",
     "router_losses",
     "strided_attention_context",
+    "unwrapped",
 ]
 
 register()

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ebft_kernels import StridedLayout, pool_features
 from ebft_kernels._checks import check_option, check_tensor
-from ebft_kernels.integrations.transformers import decoder_layers, hidden_states
+from ebft_kernels.integrations.transformers import decoder_layers, hidden_states, unwrapped
 from ebft_kernels.layout import check_layout
 from ebft_kernels.pooling.modes import NORMALIZATIONS, POOLINGS, SHORTEST_TOKEN
 
@@ -96,7 +96,7 @@ class FeatureNetwork(nn.Module):
         check_option("normalize", normalize, NORMALIZATIONS)
         self.pooling, self.normalize = pooling, normalize
         self.groups = len(self.layers) if normalize == "per_layer" else 1
-        model = _unwrapped(model)
+        model = unwrapped(model)
         self._copy: nn.Module | None = None
         self._shared: tuple[nn.Module, ...] = ()
         check_adapters(model)
@@ -261,17 +261,6 @@ def _check_packed(packed: object, layout: object) -> None:
     check_tensor("packed", packed, "B S", sizes, dtype=torch.int64, device=layout.device)
 
 
-def _unwrapped(model: nn.Module) -> Any:
-    """The PEFT or transformers model inside wrappers such as DDP and ``torch.compile``."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and not hasattr(model, "get_output_embeddings"):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
 def _copy_up_to(model: nn.Module, deepest: int) -> nn.Module:
     """A copy of the model with its first ``deepest`` blocks; the other blocks and the head are never copied."""
     left_out = [*decoder_layers(model)[deepest:], model.get_output_embeddings()]
@@ -280,7 +269,7 @@ def _copy_up_to(model: nn.Module, deepest: int) -> nn.Module:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether the model inside any wrapper has PEFT adapters."""
-    return hasattr(_unwrapped(model), "peft_config")
+    return hasattr(unwrapped(model), "peft_config")
 
 
 def check_adapters(model: nn.Module) -> None:
@@ -312,7 +301,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     if not has_adapters(model):
         yield
         return
-    model = _unwrapped(model)
+    model = unwrapped(model)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if hasattr(model, "disable_adapter"):
@@ -365,7 +354,7 @@ class StartingAdapters:
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     # A wrapper that recomputes activations puts itself into the names.
-    found = ((name.replace("_checkpoint_wrapped_module.", ""), x) for name, x in _unwrapped(model).named_parameters())
+    found = ((name.replace("_checkpoint_wrapped_module.", ""), x) for name, x in unwrapped(model).named_parameters())
     return ((name, x) for name, x in found if x.requires_grad)
 
 

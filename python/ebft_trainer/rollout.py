@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 
 from ebft_kernels import StridedLayout, select_impl
 from ebft_kernels._checks import check_int, check_positive, check_tensor
-from ebft_kernels.integrations._models import base_model
-from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head
+from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head, base_model, evaluation_mode
 from ebft_kernels.layout import check_layout
 from ebft_kernels.logprob._native import block_statistics
 
@@ -130,19 +128,6 @@ def check_prompt(prompt: object, layout: object) -> None:
     check_layout(layout)
     sizes = {"B": layout.batch_size, "P": layout.length}
     check_tensor("prompt", prompt, "B P", sizes, dtype=torch.int64, device=layout.device)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``model`` in eval mode; on exit every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def rows_at_once(vocabulary: int) -> int:

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from ebft_kernels import StridedLayout, linear_log_probs
 from ebft_kernels._checks import check_tensor
-from ebft_kernels.integrations.transformers import OutputHead, apply_head
+from ebft_kernels.integrations.transformers import OutputHead, apply_head, evaluation_mode
 
 from .features import StartingAdapters, adapters_off
-from .rollout import check_prompt, evaluation_mode
+from .rollout import check_prompt
 
 
 def policy_log_probs(

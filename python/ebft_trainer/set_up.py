@@ -11,8 +11,7 @@ from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import has_length
 
-from ebft_kernels.integrations._models import facts
-from ebft_kernels.integrations.transformers import check_model, check_train_mode, output_head, router_losses
+from ebft_kernels.integrations.transformers import check_model, check_train_mode, facts, output_head, router_losses
 
 from ._quiet import without_messages
 from .config import EBFTConfig

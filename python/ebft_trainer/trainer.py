@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import has_length, speed_metrics
 
-from ebft_kernels.integrations._models import facts
-from ebft_kernels.integrations.transformers import check_length
+from ebft_kernels.integrations.transformers import check_length, evaluation_mode, facts
 
 from .calibration import BINS, calibration_error, calibration_sums
 from .checkpoint import check_writable
@@ -25,7 +24,6 @@ from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
 from .precision import WeightsMoved, check_dtypes
 from .recovery import RecoveringTrainer
-from .rollout import evaluation_mode
 from .scoring import loss_weights
 from .set_up import check_frozen, check_rows, checked_collator, checked_model, frozen_reference
 from .step import EBFTStep, ebft_step
