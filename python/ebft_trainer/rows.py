@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
@@ -14,38 +15,49 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .chat import chat_tokens
 from .config import EBFTOptions
 from .data import EBFTCollator, Row, rows_without_anchor, unpadded
+from .encoding import Encoded, Notes
 from .sources import Document
+
+logger = logging.getLogger(__name__)
 
 SHUFFLE_BUFFER = 1000
 
 _CHUNK = 64
 
 
-def tokenize(document: Document, tokenizer: Any) -> Row:
+def tokenize(document: Document, tokenizer: Any, notes: Notes | None = None) -> Row:
     """The document as one row of any length, without padding.
 
     Texts and completions get the tokenizer's end-of-text token, if it has one, behind them; conversations what the
-    chat template says; token ids nothing.
+    chat template says; token ids nothing. A prompt and its completion are tokenized as one text.
+
+    Args:
+        document: one of any kind.
+        tokenizer: of transformers; where only a part of the text counts, a fast one.
+        notes: counts what is no error but should be known, each under a sentence.
 
     Raises:
-        ValueError: a token id that the tokenizer does not have, columns that do not fit; a conversation that
-            `chat_tokens` refuses. The message names the document.
+        ValueError: a token id that the tokenizer does not have, columns that do not fit; a tokenizer that does not say
+            what characters a token stands for; a conversation that `chat_tokens` refuses. The message names the
+            document.
     """
+    notes = Notes() if notes is None else notes
     if document.tokens is not None:
         return _given_row(document, len(tokenizer))
     if document.messages is not None:
-        ids, mask = chat_tokens(document.messages, tokenizer, answer=document.answer, where=document.where)
+        ids, mask = chat_tokens(document.messages, tokenizer, answer=document.answer, where=document.where, notes=notes)
         return {"input_ids": torch.tensor(ids, dtype=torch.int32), "completion_mask": mask}
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if document.text is not None:
         ids = tokenizer(document.text, add_special_tokens=document.starts, verbose=False)["input_ids"]
         ids = ids[:-1] if end and ids[-1:] == end else ids
         return {"input_ids": torch.tensor(ids + end if document.ends else ids, dtype=torch.int32)}
-    prompt = tokenizer(document.prompt, verbose=False)["input_ids"]
-    prompt = prompt[:-1] if end and prompt[-1:] == end and len(prompt) > 1 else prompt
-    completion = tokenizer(document.completion, add_special_tokens=False, verbose=False)["input_ids"] + end
-    ids = torch.tensor(prompt + completion, dtype=torch.int32)
-    return {"input_ids": ids, "completion_mask": torch.arange(len(ids)) >= len(prompt)}
+    text = document.prompt + document.completion
+    encoded = Encoded(text, tokenizer, special=True, where=document.where)
+    first, _ = encoded.tokens_of(len(document.prompt), len(text), notes)
+    ids = encoded.ids[:-1] if end and encoded.ids[-1:] == end else encoded.ids
+    ids = torch.tensor(ids + end, dtype=torch.int32)
+    return {"input_ids": ids, "completion_mask": torch.arange(len(ids)) >= first}
 
 
 def _given_row(document: Document, vocabulary: int) -> Row:
@@ -140,7 +152,9 @@ def build_rows(
         ValueError: ``length`` is below context + horizon; a document that `tokenize` refuses; no row is left.
     """
     _check_length(length, options)
-    rows = list(cut_rows((tokenize(document, tokenizer) for document in documents), length, pack=pack))
+    notes = Notes()
+    rows = list(cut_rows((tokenize(document, tokenizer, notes) for document in documents), length, pack=pack))
+    _log(notes)
     unusable = {i for i, _ in rows_without_anchor(rows, EBFTCollator(options))}
     if len(unusable) == len(rows):
         raise _no_room(options, f"{len(rows)} rows and none with room for that")
@@ -191,7 +205,7 @@ class RowStream(IterableDataset):
         self.documents, self.tokenizer, self.options = documents, tokenizer, options
         self.length, self.pack = length, pack
         self.shuffle_buffer, self.seed = shuffle_buffer, seed
-        with closing(self._one_pass(0, 1)) as rows:
+        with closing(self._one_pass(0, 1, Notes())) as rows:
             if next(rows, None) is None:
                 raise _no_room(options, "none")
 
@@ -201,20 +215,28 @@ class RowStream(IterableDataset):
         for repetition in itertools.count():
             order = random.Random(f"{self.seed} {repetition} {number}")
             empty = True
-            for row in _shuffled(self._one_pass(number, workers), self.shuffle_buffer, order):
+            notes = Notes()
+            for row in _shuffled(self._one_pass(number, workers, notes), self.shuffle_buffer, order):
                 empty = False
                 yield row
+            if repetition == 0:
+                _log(notes)
             if empty:  # All rows are in the shares of other workers.
                 return
 
-    def _one_pass(self, worker: int, workers: int) -> Iterator[Row]:
+    def _one_pass(self, worker: int, workers: int, notes: Notes) -> Iterator[Row]:
         documents = itertools.islice(self.documents, worker, None, workers)
-        tokenized = (tokenize(document, self.tokenizer) for document in documents)
+        tokenized = (tokenize(document, self.tokenizer, notes) for document in documents)
         rows = cut_rows(tokenized, self.length, pack=self.pack)
         collator = EBFTCollator(self.options)
         while chunk := list(itertools.islice(rows, _CHUNK)):
             unusable = {i for i, _ in rows_without_anchor(chunk, collator)}
             yield from (row for i, row in enumerate(chunk) if i not in unusable)
+
+
+def _log(notes: Notes) -> None:
+    for sentence, number in notes.items():
+        logger.warning("data: %d %s", number, sentence)
 
 
 def _shuffled(rows: Iterable[Row], size: int, order: random.Random) -> Iterator[Row]:

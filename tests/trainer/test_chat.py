@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from ebft_trainer.chat import chat_tokens
 from ebft_trainer.demo_model import MODEL_FOLDER
+from ebft_trainer.encoding import Notes
 from ebft_trainer.rows import tokenize
 from ebft_trainer.sources import Document
 
@@ -88,7 +89,7 @@ def test_a_template_whose_generation_prompt_is_not_what_replies_start_with_is_re
 
 
 def test_marks_that_mark_nothing_are_refused(said):
-    with pytest.raises(ValueError, match="expected 2 runs of tokens between the .* marks, .*, got 0 in here"):
+    with pytest.raises(ValueError, match="expected 2 stretches of text between the .* marks, .*, got 0 in here"):
         said(
             "{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ messages[0].content }}", CHAT, where="here"
         )
@@ -98,24 +99,24 @@ def test_marks_that_cannot_be_matched_with_messages_are_refused(said):
     """Two marks in a message do not matter, unless earlier messages are not to count."""
     split = MARKED.replace("{{ m.content }}<end>{%-", "{{ m.content }}{% endgeneration %}|{% generation %}<end>{%-")
     assert said(split, CHAT)[1] == ["yo", "<end>", "so long", "<end>"]
-    with pytest.raises(ValueError, match="expected 2 runs of tokens between the .* marks, .*, got 4 in here"):
+    with pytest.raises(ValueError, match="expected 2 stretches of text between the .* marks, .*, got 4 in here"):
         said(split, CHAT, answer=3, where="here")
 
 
-def test_what_the_assistant_says_is_tokenized_as_in_a_reply():
-    """Apart from the generation prompt, even where a tokenizer would join the two."""
+def test_a_conversation_is_tokenized_as_a_whole():
+    """Also where a token has the end of the generation prompt and the start of the reply: it counts, and is noted."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     messages = [{"role": "user", "content": "return"}, {"role": "assistant", "content": "self.value"}]
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
-    reply = tokenizer("self.value", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    ids, mask = chat_tokens(messages, tokenizer)
-    assert ids == prompt + reply and mask.tolist() == [False] * len(prompt) + [True] * len(reply)
-    whole = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
-    assert whole != ids  # Else this would show nothing.
+    notes = Notes()
+    ids, mask = chat_tokens(messages, tokenizer, notes=notes)
+    assert ids == tokenizer.apply_chat_template(messages)["input_ids"]
+    said = [token for token, counts in zip(ids, mask.tolist(), strict=True) if counts]
+    assert tokenizer.decode(said) == " self.value" + tokenizer.eos_token
+    assert list(notes.values()) == [1]
 
 
 @pytest.mark.parametrize(
