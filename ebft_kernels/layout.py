@@ -158,7 +158,7 @@ class StridedLayout:
             samples: n, rollouts per anchor.
             lengths: [B] int, tokens per right-padded row; None: no padding.
             document_ids: [B, P] int; a document is a run of equal ids. None: one document per row.
-            device: of the layout's tensors; default: that of ``lengths`` or ``document_ids``, else the CPU.
+            device: of the layout's tensors; default: that of ``lengths`` or ``document_ids``, else torch's default.
 
         Raises:
             ValueError: a size below its minimum, ``length < context + horizon``, 2^31 tokens or more in a packed row,
@@ -559,10 +559,11 @@ def _packed_length(length: int, num_anchors: int, samples: int, horizon: int) ->
     return packed_length
 
 
-def _device(device: torch.device | str | None, *tensors: Tensor | None) -> torch.device:
+def _device(device: torch.device | str | None, *tensors: Tensor | None) -> torch.device | None:
+    """Where new tensors are to be; None: torch's default device."""
     if device is not None:
         return torch.device(device)
-    return next((x.device for x in tensors if isinstance(x, Tensor)), torch.device("cpu"))
+    return next((x.device for x in tensors if isinstance(x, Tensor)), None)
 
 
 def _rows(

@@ -48,10 +48,16 @@ LAYOUTS: dict[str, Callable[[], StridedLayout]] = {
 }
 
 
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-    """Standard-normal numbers that depend on the seed alone: drawn in float64 on the CPU, then cast and moved."""
+def randn(
+    *shape: int, seed: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Tensor:
+    """Standard-normal numbers that depend on the seed alone: drawn in float64 on the CPU, then cast and moved.
+
+    ``device``: default: torch's default device.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device=device, dtype=dtype)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(device=torch.get_default_device() if device is None else device, dtype=dtype)
 
 
 def attention_inputs(
@@ -130,22 +136,23 @@ def feature_inputs(
     *,
     duplicates: bool = False,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Random unit features: rollouts [B, A, n, F] and targets [B, A, F].
 
     Rollouts share a common direction with each other and with the target, as features of one prefix do. With
     ``duplicates``, rollout 1 of every anchor equals rollout 0, and all rollouts of every third anchor are equal: the
-    rank-deficient groups that low temperatures give.
+    rank-deficient groups that low temperatures give. ``device``: default: torch's default device.
     """
-    common = randn(batch_size, anchors, 1, features, seed=seed)
-    rollouts = common + 0.3 * randn(batch_size, anchors, samples, features, seed=seed + 1)
-    targets = common + 0.3 * randn(batch_size, anchors, 1, features, seed=seed + 2)
+    common = randn(batch_size, anchors, 1, features, seed=seed, device="cpu")
+    rollouts = common + 0.3 * randn(batch_size, anchors, samples, features, seed=seed + 1, device="cpu")
+    targets = common + 0.3 * randn(batch_size, anchors, 1, features, seed=seed + 2, device="cpu")
     if duplicates and samples > 1:
         rollouts[:, :, 1] = rollouts[:, :, 0]
         rollouts[:, ::3] = rollouts[:, ::3, :1]
     rollouts, targets = (torch.nn.functional.normalize(x, dim=-1) for x in (rollouts, targets[:, :, 0]))
+    device = torch.get_default_device() if device is None else device
     return rollouts.to(device=device, dtype=dtype), targets.to(device=device, dtype=dtype)
 
 

@@ -1,30 +1,65 @@
-"""Settings for every test: deterministic algorithms, and NaN in every uninitialised tensor."""
+"""Settings for every test: where it runs, deterministic algorithms, and NaN in every uninitialised tensor."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from . import op_checks
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel: they run on CPU tensors then
 
 GOLDEN_DIR = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow: minutes each")
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cpu (default): every test, Triton's kernels in its interpreter, whether there is a GPU or not; "
+        "cuda: the tests of the ops, on the tensors of a GPU and with compiled kernels",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the first import of a kernel and the first look for a GPU."""
+    op_checks.DEVICE = config.getoption("--device")
+    if op_checks.DEVICE == "cpu":
+        os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+        return
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matrix products as nondeterministic
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: expected a GPU that torch can use, there is none")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked slow, unless it is asked for; pytest says how many were deselected."""
-    slow = [] if config.getoption("--slow") else [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    """Leave out what is marked slow, unless it is asked for, and on CUDA what is about the CPU.
+
+    pytest says how many were deselected.
+    """
+    kept = [item for item in items if config.getoption("--slow") or not item.get_closest_marker("slow")]
+    if op_checks.DEVICE == "cuda":
+        kept = [item for item in kept if "device" in item.fixturenames and not item.get_closest_marker("speed")]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """Where the tests of the ops run, ``--device``. What a test makes without saying where is made there."""
+    if op_checks.DEVICE == "cpu":
+        yield torch.device("cpu")
+    else:
+        with torch.device(op_checks.DEVICE) as device:
+            yield device
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What the tests of several ops share: compilation without graph breaks and time ratios within one process."""
+"""What the tests of several ops share: where they run, compilation without graph breaks, time ratios in one process."""
 
 from __future__ import annotations
 
@@ -13,10 +13,24 @@ from torch.utils._pytree import tree_leaves
 
 from ebft_kernels import available_impls
 
+#: Type of the device that the tests of the ops run on: pytest's ``--device``, known before any of them is imported.
+DEVICE = "cpu"
 
-def cpu_impls(op: str) -> tuple[str, ...]:
-    """Implementations of ``op`` that run on this CPU; kernels in an interpreter have tests of their own."""
-    return tuple(impl for impl in available_impls(op, "cpu") if impl != "triton")
+
+def impls_here(op: str) -> tuple[str, ...]:
+    """Implementations of ``op`` that run where the tests do, in every dtype; Triton's kernels have their own tests."""
+    return tuple(impl for impl in available_impls(op, DEVICE) if impl != "triton")
+
+
+def short_dtypes() -> tuple[torch.dtype, ...]:
+    """16-bit dtypes that Triton is right about where the tests run; its interpreter is wrong about bfloat16."""
+    return (torch.float16,) if DEVICE == "cpu" else (torch.float16, torch.bfloat16)
+
+
+def seeded(draw: Callable[..., Tensor], *args: Any, seed: int, **options: Any) -> Tensor:
+    """``draw(*args)``, such as ``torch.rand``: numbers that depend on the seed alone, drawn on the CPU and moved."""
+    x = draw(*args, generator=torch.Generator().manual_seed(seed), device="cpu", **options)
+    return x.to(torch.get_default_device())
 
 
 def assert_compiles(function: Callable[..., Any], calls: Iterable[Sequence[Any]], *, graphs: int) -> None:
@@ -44,7 +58,8 @@ def results_and_gradients(results: Any, leaves: Sequence[Tensor], *, seed: int =
         assert not differentiable
         return tensors
     generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in differentiable]
+    options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    upstream = [torch.randn(x.shape, **options).to(x) for x in differentiable]
     grads = torch.autograd.grad(differentiable, leaves, upstream, materialize_grads=True)
     return [*(x.detach() for x in tensors), *grads]
 

@@ -12,11 +12,12 @@ import torch
 from ebft_kernels import StridedLayout, pool_features, strided_attention, strided_attention_step
 from ebft_kernels.testing import LAYOUTS, randn
 
+pytestmark = pytest.mark.usefixtures("device")
 CASES = [name for name in LAYOUTS if name != "empty_batch"]
 
 
 @pytest.fixture(params=CASES)
-def layout(request) -> StridedLayout:
+def layout(request, device) -> StridedLayout:  # noqa: ARG001
     return LAYOUTS[request.param]()
 
 
@@ -34,7 +35,8 @@ def rollout_tokens(layout: StridedLayout):
 def brute_force_mask(layout: StridedLayout, window: int | None = None) -> torch.Tensor:
     """[B, S, S]: who sees whom, token by token."""
     near = window if window is not None else layout.packed_length
-    seen = torch.zeros(layout.batch_size, layout.packed_length, layout.packed_length, dtype=torch.bool)
+    shape = (layout.batch_size, layout.packed_length, layout.packed_length)
+    seen = torch.zeros(shape, dtype=torch.bool, device="cpu")  # where single elements cost little
     for batch in range(layout.batch_size):
         start = layout.prompt_start[batch].tolist()
         for i in range(layout.length):
@@ -46,7 +48,7 @@ def brute_force_mask(layout: StridedLayout, window: int | None = None) -> torch.
             seen[batch, row, k] = anchor + step - k < near
         for earlier in range(step + 1):
             seen[batch, row, row - step + earlier] = step - earlier < near
-    return seen
+    return seen.to(layout.device)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 11])
@@ -161,7 +163,7 @@ def test_within_places_anchors_only_in_completions():
 def test_the_layout_is_immutable_and_moves(layout):
     with pytest.raises(AttributeError, match="immutable"):
         layout.horizon = 3
-    assert layout.to("cpu") is layout
+    assert layout.to(layout.device) is layout
     meta = layout.to("meta")
     assert meta.position_ids.device.type == meta.key_ranges.own_start.device.type == "meta"
     assert meta.num_valid == layout.num_valid and meta.packed_length == layout.packed_length

@@ -1,4 +1,4 @@
-"""The layout's tensors as the kernels write them, against those of PyTorch; in Triton's interpreter without a GPU."""
+"""The layout's tensors as the kernels write them, against those of PyTorch; compiled or in the interpreter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from ebft_kernels import StridedLayout, layout
 from ebft_kernels.testing import LAYOUTS
 
+pytestmark = pytest.mark.usefixtures("device")
 SMALL = ("odd", "one_sample", "arbitrary", "padded", "documents", "empty_batch")
 
 

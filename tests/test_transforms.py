@@ -16,7 +16,7 @@ from ebft_kernels import (
 )
 from ebft_kernels.testing import randn
 
-from .op_checks import cpu_impls
+from .op_checks import impls_here
 
 LAYOUT = StridedLayout.strided(1, 10, context=3, stride=3, horizon=2, samples=2)
 TARGETS = torch.arange(6) % 5
@@ -47,7 +47,7 @@ OPS = {
     "mean_embedding_loss": mean_embedding,
     "linear_log_probs": log_probs,
 }
-CASES = [(op, impl) for op in OPS for impl in cpu_impls(op)]
+CASES = [(op, impl) for op in OPS for impl in impls_here(op)]
 FUSED = [(op, impl) for op, impl in CASES if impl != "reference"]
 ROUNDING = 1000 * torch.finfo(torch.float64).eps
 X = randn(LAYOUT.packed_length * 4, seed=0, dtype=torch.float64)

@@ -14,6 +14,7 @@ from ebft_kernels.testing import LAYOUTS, attention_inputs, randn
 
 from ..op_checks import assert_compiles, results_and_gradients
 
+pytestmark = pytest.mark.usefixtures("device")
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -82,7 +83,7 @@ def test_upstream_gradients_of_any_strides_and_none():
     tensors = leaves(layout)
     out = strided_attention(*tensors[:3], layout, sinks=tensors[3])
     upstream = {
-        "one number": torch.ones(()).double().expand_as(out),
+        "one number": torch.ones((), dtype=out.dtype).expand_as(out),
         "one row": randn(1, 1, 1, out.shape[3], seed=4).expand_as(out),
         "one column": randn(*out.shape[:3], 1, seed=5).expand_as(out),
         "transposed": randn(*out.mT.shape, seed=6).mT,

@@ -20,10 +20,12 @@ from ebft_kernels.testing import (
     randn,
 )
 
-from ..op_checks import cpu_impls, results_and_gradients
+from .. import op_checks
+from ..op_checks import impls_here, results_and_gradients
 from .checks import assert_as_exact_as_eager, assert_variant_within_budget, attend, attend_inputs, yardsticks
 
-IMPLS = cpu_impls("strided_attention")
+pytestmark = pytest.mark.usefixtures("device")
+IMPLS = impls_here("strided_attention")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SOME = ("odd", "arbitrary", "documents", "padded")
 VARIANTS = {
@@ -67,7 +69,7 @@ def rollout_alone(q: Tensor, k: Tensor, v: Tensor, layout: StridedLayout, row: i
     return scaled_dot_product_attention(q, k, v, is_causal=True)[:, anchor - start :]
 
 
-@pytest.mark.parametrize("impl", available_impls("strided_attention", "cpu"))
+@pytest.mark.parametrize("impl", available_impls("strided_attention", op_checks.DEVICE))
 @pytest.mark.parametrize("window", (2**31, 2**32 + 1, 2**63 - 1, 2**70))
 def test_a_window_longer_than_every_sequence_is_no_window(window, impl):
     layout = LAYOUTS["arbitrary"]()
@@ -169,7 +171,8 @@ def test_gradcheck_of_the_reference(variant):
     ),
     ids=("no rollout tokens", "shorter rollouts", "no prompt", "an anchor at every token"),
 )
-def test_geometries_at_the_limits(layout, impl):
+def test_geometries_at_the_limits(layout, impl, device):
+    layout = layout.to(device)
     tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     actual = results_and_gradients(attend(tensors, layout, impl=impl), tensors)
@@ -271,32 +274,32 @@ def test_a_plan_is_made_once_and_dies_with_its_layout(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_casts_queries_keys_and_values(impl):
+def test_autocast_casts_queries_keys_and_values(impl, device):
     layout = LAYOUTS["odd"]()
     tensors, _ = attend_inputs(layout, VARIANTS["sinks"], torch.float32)
     mixed = [tensors[0], tensors[1].detach().bfloat16().requires_grad_(), *tensors[2:]]
     low = [*(x.detach().bfloat16().requires_grad_() for x in tensors[:3]), tensors[3]]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         cast = attend(mixed, layout, impl=impl)
     cast, expected = (
         results_and_gradients(out, x) for out, x in ((cast, mixed), (attend(low, layout, impl=impl), low))
     )
     assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(cast, expected, strict=True))
     assert [x.dtype for x in cast[1:]] == [x.dtype for x in mixed]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert attend([x.double() for x in tensors], layout, impl=impl).dtype == torch.float64
 
 
-def test_autocast_ends_where_the_implementation_begins(monkeypatch):
+def test_autocast_ends_where_the_implementation_begins(monkeypatch, device):
     inside = []
     for name in ("forward", "backward", "step"):
         real = getattr(_torch, name)
         monkeypatch.setattr(
-            _torch, name, lambda *args, real=real: inside.append(torch.is_autocast_enabled("cpu")) or real(*args)
+            _torch, name, lambda *args, real=real: inside.append(torch.is_autocast_enabled(device.type)) or real(*args)
         )
     layout = LAYOUTS["odd"]()
     tensors, _ = attend_inputs(layout, VARIANTS["plain"], torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         attend(tensors, layout, impl="torch").sum().backward()
         rows = layout.step_rows(tensors[0].transpose(1, 2), 0).transpose(1, 2)
         strided_attention_step(rows, *tensors[1:], layout, 0, impl="torch")

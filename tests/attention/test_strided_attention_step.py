@@ -10,9 +10,10 @@ from ebft_kernels import StridedLayout, strided_attention, strided_attention_ste
 from ebft_kernels.attention import _plan, _torch
 from ebft_kernels.testing import LAYOUTS, assert_within_budget, attention_inputs, eager_attention, randn
 
-from ..op_checks import cpu_impls
+from ..op_checks import impls_here
 
-IMPLS = cpu_impls("strided_attention_step")
+pytestmark = pytest.mark.usefixtures("device")
+IMPLS = impls_here("strided_attention_step")
 VARIANTS = {
     "plain": {},
     "no groups": {"kv_heads": 4},
@@ -161,11 +162,11 @@ def test_one_plan_serves_all_steps_and_layers(monkeypatch):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_casts_queries_and_caches(impl):
+def test_autocast_casts_queries_and_caches(impl, device):
     layout = LAYOUTS["odd"]()
     (q, k, v), _ = inputs_and_options(layout, "plain", torch.float32)
     q = rows_of(layout, q, 1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         cast = strided_attention_step(q, k.bfloat16(), v, layout, 1, impl=impl)
     expected = strided_attention_step(q.bfloat16(), k.bfloat16(), v.bfloat16(), layout, 1, impl=impl)
     assert cast.dtype == torch.bfloat16 and torch.equal(cast, expected)

@@ -1,4 +1,4 @@
-"""The Triton kernels of strided attention, run by Triton's interpreter on the CPU."""
+"""The Triton kernels of strided attention, compiled or in the interpreter, where it is counted what they visit too."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-if torch.cuda.is_available():
-    pytest.skip("the interpreter runs the kernels only where there is no GPU", allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -29,11 +27,20 @@ from ebft_kernels.attention._visits import visited_tiles
 from ebft_kernels.layout import KeyRanges
 from ebft_kernels.testing import LAYOUTS, assert_within_budget, attention_inputs, eager_attention, randn
 
-from ..op_checks import results_and_gradients
+from .. import op_checks
+from ..op_checks import results_and_gradients, short_dtypes
 from .checks import assert_as_exact_as_eager, assert_variant_within_budget, attend, attend_inputs, yardsticks
 
+pytestmark = pytest.mark.usefixtures("device")
 INTERPRETED = Target("interpreter", 4, 64 << 10)
 PATCHED: set[str] = set()
+
+
+@pytest.fixture
+def interpreted() -> None:
+    """For tests that look inside the kernels."""
+    if op_checks.DEVICE != "cpu":
+        pytest.skip("it is about the interpreter")
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +58,12 @@ def _interpreter_at_twice_the_speed(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the device functions that compute scores are called: "unmasked" or "masked", by kernel."""
+    """How often the device functions that compute scores are called: "unmasked" or "masked", by kernel.
+
+    None of compiled kernels, which call no Python.
+    """
+    if op_checks.DEVICE != "cpu":
+        return None
     counts = collections.Counter()
 
     def counting(module, name, kind):
@@ -74,6 +86,8 @@ def calls(monkeypatch):
 def test_every_layout_and_the_tiles_it_visits(name, calls):
     """Three heads per group; the walks are those that are counted without running them."""
     assert_variant_within_budget({}, torch.float32, "triton", [name], heads=3, kv_heads=1)
+    if calls is None:
+        return
     layout = LAYOUTS[name]()
     visits = {
         kernel: visited_tiles(layout, kernel, 3, attention_tiles(kernel, INTERPRETED, 16, 16, 4)[0].sizes)
@@ -109,6 +123,8 @@ VARIANTS = {
 def test_options(variant, calls):
     options = {"heads": 2, "kv_heads": 1, **VARIANTS[variant]}
     assert_variant_within_budget(options, torch.float32, "triton", ["arbitrary"])
+    if calls is None:
+        return
     sizes = attention_tiles("forward", INTERPRETED, 16, 16, 4)[0].sizes
     walk = {name: options[name] for name in ("window", "block") if name in options}
     visits = visited_tiles(LAYOUTS["arbitrary"](), "forward", options["heads"] // options["kv_heads"], sizes, **walk)
@@ -117,14 +133,40 @@ def test_options(variant, calls):
     assert own.masked > 0
 
 
+@pytest.mark.parametrize("dtype", short_dtypes())
 @pytest.mark.parametrize("options", ({}, VARIANTS["everything"]), ids=("plain", "everything"))
-def test_float16(options):
-    assert_variant_within_budget(options, torch.float16, "triton", ["documents"], heads=2, kv_heads=1)
+def test_16_bits(options, dtype):
+    assert_variant_within_budget(options, dtype, "triton", ["documents"], heads=2, kv_heads=1)
 
 
-@pytest.mark.parametrize("head_dim", (40, 80, 96))
-def test_head_dims(head_dim):
-    assert_variant_within_budget({}, torch.float32, "triton", ["one_anchor"], head_dim=head_dim, heads=2, kv_heads=1)
+@pytest.mark.parametrize("dtype", (torch.float32, *short_dtypes()))
+@pytest.mark.parametrize("head_dim", (40, 80, 96, *((64, 128, 256) if op_checks.DEVICE == "cuda" else ())))
+def test_head_dims(head_dim, dtype):
+    assert_variant_within_budget({}, dtype, "triton", ["one_anchor"], head_dim=head_dim, heads=2, kv_heads=1)
+
+
+# A pipeline of three stages is in its steady state only after several tiles of 64 or 128 keys.
+LONG = {"cpu": (104, 24), "cuda": (1024, 128)}
+
+
+@pytest.mark.parametrize("dtype", short_dtypes())
+@pytest.mark.parametrize("options", ({}, {"window": 70}, {"softcap": 3.0, "sinks": True}), ids=str)
+def test_long_rows_of_wide_heads(options, dtype):
+    """Output, gradients and the last decoding step of prompts of many tiles."""
+    length, head_dim = LONG[op_checks.DEVICE]
+    layout = StridedLayout.strided(1, length, context=length // 2, stride=length // 8, horizon=4, samples=2)
+    tensors, given = attend_inputs(layout, options, dtype, heads=2, kv_heads=1, head_dim=head_dim)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    actual = results_and_gradients(attend(tensors, layout, impl="triton", **given), tensors)
+    truth = results_and_gradients(attend(exact, layout, impl="reference", **given), exact)
+    ways = yardsticks(tensors, layout, **given)
+    for of, *results in zip(("output", *"qkv", "sinks"), actual, zip(*ways, strict=True), truth, strict=False):
+        assert_as_exact_as_eager(*results, of)
+    q, k, v, *sinks = (x.detach() for x in tensors)
+    outputs = (q, truth[0], *(way[0] for way in ways))
+    q, exact, *eager = (layout.step_rows(x.transpose(1, 2), 3).transpose(1, 2) for x in outputs)
+    last = strided_attention_step(q, k, v, layout, 3, impl="triton", sinks=sinks[0] if sinks else None, **given)
+    assert_as_exact_as_eager(last, eager, exact, "step")
 
 
 @triton.jit
@@ -133,8 +175,9 @@ def product_kernel(a, b, out, SIZE: tl.constexpr):
     tl.store(out + index, tl.dot(tl.load(a + index), tl.load(b + index)))
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_the_interpreter_is_right_about_float16_and_wrong_about_bfloat16():
-    """It takes the bits of bfloat16 for integers. When it no longer does, test_float16 should take bfloat16 too."""
+    """It takes the bits of bfloat16 for integers. When it no longer does, short_dtypes should have bfloat16 too."""
     for dtype, right in ((torch.float16, True), (torch.bfloat16, False)):
         a, b = (randn(16, 16, seed=seed, dtype=dtype) for seed in (0, 1))
         out = torch.empty(16, 16)
@@ -152,7 +195,8 @@ def test_the_interpreter_is_right_about_float16_and_wrong_about_bfloat16():
     ),
     ids=("no rollout tokens", "shorter rollouts", "no prompt", "an anchor at every token"),
 )
-def test_geometries_at_the_limits(layout):
+def test_geometries_at_the_limits(layout, device):
+    layout = layout.to(device)
     tensors, _ = attend_inputs(layout, {}, torch.float32, heads=2, kv_heads=1)
     exact = [x.detach().double().requires_grad_() for x in tensors]
     actual = results_and_gradients(attend(tensors, layout, impl="triton"), tensors)
@@ -199,10 +243,16 @@ def test_inputs_and_upstream_gradients_of_any_strides():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
 
 
+def zeros(size: int) -> torch.Tensor:
+    if op_checks.DEVICE == "cuda":
+        return torch.zeros(size, dtype=torch.float16)
+    return torch.from_numpy(np.zeros(size, np.float16))  # torch would write them
+
+
 def test_offsets_beyond_32_bits():
-    """Three batch rows 2^30 elements apart, in memory of which only what is used exists."""
+    """Three batch rows 2^30 elements apart, in memory of which only what is used exists; on a GPU all 4 GB."""
     layout = StridedLayout.strided(3, 12, context=4, stride=4, horizon=2, samples=2)
-    far = torch.from_numpy(np.zeros(2**31 + 2**16, np.float16))
+    far = zeros(2**31 + 2**16)
     tensors = attention_inputs(layout, heads=2, kv_heads=1, dtype=torch.float16)
     views, first = [], 0
     for x in tensors:
@@ -219,19 +269,27 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(*steps)
 
 
-def test_results_repeat_bitwise_in_any_order_of_programs(monkeypatch):
-    """Programs run in another order, as on a GPU they may, and nothing changes to the last bit."""
+def test_results_repeat_bitwise(monkeypatch):
+    """Programs run in any order; in the interpreter they are made to."""
     layout = StridedLayout.strided(1, 64, context=8, stride=8, horizon=4, samples=2)
     tensors, options = attend_inputs(layout, {"sinks": True}, torch.float32, heads=2, kv_heads=1)
     first = results_and_gradients(attend(tensors, layout, impl="triton", **options), tensors)
-    real, order = interpreter.GridExecutor.__call__, []
+    order = reverse_programs(monkeypatch) if op_checks.DEVICE == "cpu" else None
+    for _ in range(1 if order is not None else 20):
+        again = results_and_gradients(attend(tensors, layout, impl="triton", **options), tensors)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert order is None or len(order) > 20
+
+
+def reverse_programs(monkeypatch) -> list[int]:
+    """The interpreter runs programs last to first from now on; the list says which it ran."""
+    real, order, last = interpreter.GridExecutor.__call__, [], [0]
 
     def set_grid_index(_, x, y, z):
         order.append(x)
         executor.grid_idx = (last[0] - x, y, z)
 
     executor = interpreter.interpreter_builder
-    last = [0]
 
     def call(self, *args, **kwargs):
         last[0] = self.grid[0] - 1
@@ -239,9 +297,7 @@ def test_results_repeat_bitwise_in_any_order_of_programs(monkeypatch):
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", call)
     monkeypatch.setattr(type(executor), "set_grid_idx", set_grid_index)
-    second = results_and_gradients(attend(tensors, layout, impl="triton", **options), tensors)
-    assert len(order) > 20
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return order
 
 
 STEPS = {
@@ -296,8 +352,9 @@ def test_steps(variant, split_keys, monkeypatch, calls):
             visits += k.shape[1] * (walk.masked + walk.unmasked)
     assert_within_budget(*(torch.cat(x) for x in (actual, eager, truth)))
     split = "strided_attention_combine_kernel" in launched
-    assert split == (split_keys == 8)
-    assert split or calls["all of forward"] == visits
+    if calls is not None:
+        assert split == (split_keys == 8)
+        assert split or calls["all of forward"] == visits
 
 
 TARGETS = {
@@ -359,7 +416,7 @@ print(len(launches), {name: len(kernels) for name, kernels in compiled.items()})
 def test_one_compiled_kernel_serves_ten_geometries(tmp_path):
     """Compiled for a GPU that is not there, in a process without the interpreter; nothing is run."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET")
+    environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", TEN_GEOMETRIES]
     root = Path(__file__).parents[2]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ebft_kernels import FeatureMatching, StridedLayout, feature_matching, pool_features
 
-from ..op_checks import cpu_impls
+from ..op_checks import impls_here
 from .loader import Case, case_parameters, load_case
 
 POOLINGS = {"last_token": "last_token", "mean_pooling": "mean", "concat": "concat", "token": "token"}
-IMPLS = (*cpu_impls("feature_matching"), "triton")
+IMPLS = (*impls_here("feature_matching"), "triton")
 
 
 def tolerance(case: Case, name: str) -> Tensor:

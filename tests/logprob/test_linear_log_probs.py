@@ -16,8 +16,9 @@ from ebft_kernels import linear_log_probs
 from ebft_kernels.logprob import _tiled, _torch, api
 from ebft_kernels.testing import assert_within_budget, randn
 
-from ..op_checks import assert_compiles, fastest, results_and_gradients
+from ..op_checks import assert_compiles, fastest, results_and_gradients, seeded
 
+pytestmark = pytest.mark.usefixtures("device")
 IMPLS = ("reference", "torch")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.float64).eps
@@ -36,7 +37,7 @@ def inputs(
     """hidden [T, C], weight [V, C], targets [T], bias [V]; logits of a few units."""
     hidden = randn(rows, channels, seed=seed, dtype=dtype)
     weight = randn(vocabulary, channels, seed=seed + 1, dtype=dtype)
-    targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed))
+    targets = seeded(torch.randint, vocabulary, (rows,), seed=seed)
     return hidden, weight, targets, randn(vocabulary, seed=seed + 2, dtype=dtype)
 
 
@@ -79,12 +80,12 @@ def eager(hidden, weight, targets, bias, *, rows=None, temperature=1.0, softcap=
 
 def several_per_row(num_rows: int, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Rows and targets [T] in no order: none of row 0, 6 equal ones of row 1, 1.5 on average of the others."""
-    generator = torch.Generator().manual_seed(4)
-    rows = 2 + torch.randint(num_rows - 2, (3 * num_rows // 2,), generator=generator)
-    targets = torch.randint(vocabulary, rows.shape, generator=generator)
-    order = torch.randperm(len(rows) + 6, generator=generator)
-    rows, targets = torch.cat([rows, torch.full((6,), 1)]), torch.cat([targets, torch.full((6,), vocabulary - 1)])
-    return rows[order], targets[order]
+    options, count = {"generator": torch.Generator().manual_seed(4), "device": "cpu"}, 3 * num_rows // 2
+    rows = 2 + torch.randint(num_rows - 2, (count,), **options)
+    targets = torch.randint(vocabulary, (count,), **options)
+    order = torch.randperm(count + 6, **options)
+    rows, targets = (torch.cat([x, x.new_full((6,), last)]) for x, last in ((rows, 1), (targets, vocabulary - 1)))
+    return rows[order].to(torch.get_default_device()), targets[order].to(torch.get_default_device())
 
 
 def assert_right(dtype: torch.dtype, sizes: tuple[int, int, int], *, several: bool = False, **options) -> None:
@@ -99,7 +100,7 @@ def assert_right(dtype: torch.dtype, sizes: tuple[int, int, int], *, several: bo
     plain = results_and_gradients(eager(hidden, weight, targets, bias, **head), leaves)
     truth = eager(*exact[:2], targets, exact[2], **head)
     # The same upstream gradient for all, rounded to the type of the results.
-    upstream = torch.randn(targets.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    upstream = seeded(torch.randn, targets.shape, seed=7, dtype=torch.float64)
     upstream = upstream.to(actual[0].dtype)
     truth = [truth.detach(), *torch.autograd.grad(truth, exact, upstream.double())]
     assert [z.dtype for z in actual] == [torch.promote_types(dtype, torch.float32), dtype, dtype, dtype]
@@ -147,7 +148,7 @@ def test_several_targets_of_a_row(rows, dtype, impl, monkeypatch):
 @pytest.mark.parametrize("shape", ((), (4,), (2, 3, 2), (0,)))
 def test_targets_of_rows_have_any_shape(shape, impl):
     hidden, weight, _, _ = inputs(6, vocabulary=9)
-    rows, targets = (torch.randint(size, shape, generator=torch.Generator().manual_seed(size)) for size in (6, 9))
+    rows, targets = (seeded(torch.randint, size, shape, seed=size) for size in (6, 9))
     expected = hidden.matmul(weight.mT).log_softmax(-1)[rows, targets]
     for dtype in (torch.int64, torch.int32):
         leaf = hidden.view(2, 3, 10).clone().requires_grad_()
@@ -354,28 +355,28 @@ def test_results_with_several_targets_repeat_bitwise(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_casts_as_linear_does(impl):
+def test_autocast_casts_as_linear_does(impl, device):
     hidden, weight, targets, bias = inputs(dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     half = [x.detach().bfloat16().requires_grad_() for x in leaves]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         cast = linear_log_probs(hidden, weight, targets, bias=bias, impl=impl)
     plain = linear_log_probs(*half[:2], targets, bias=half[2], impl=impl)
     assert cast.dtype == torch.float32 and torch.equal(cast, plain)
     for a, b in zip(results_and_gradients(cast, leaves), results_and_gradients(plain, half), strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         double = linear_log_probs(hidden.double(), weight.double(), targets, impl=impl)
     assert double.dtype == torch.float64
 
 
-def test_backward_inside_autocast_keeps_its_precision():
+def test_backward_inside_autocast_keeps_its_precision(device):
     hidden, weight, targets, _ = inputs(dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     grads = []
     for enabled in (False, True):
         result = linear_log_probs(hidden, weight, targets, chunk_size=4)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
             grads.append(torch.autograd.grad(result.sum(), leaves))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 

@@ -14,9 +14,10 @@ from ebft_kernels import FeatureMatching, feature_matching
 from ebft_kernels.matching import _torch, api
 from ebft_kernels.testing import assert_within_budget, feature_inputs, randn
 
-from ..op_checks import assert_compiles, cpu_impls, fastest
+from ..op_checks import assert_compiles, fastest, impls_here
 
-IMPLS = cpu_impls("feature_matching")
+pytestmark = pytest.mark.usefixtures("device")
+IMPLS = impls_here("feature_matching")
 WHITENINGS = ("none", "sample", "feature")
 ESTIMATORS = ("rloo", "reinforce", "group_norm")
 EPS = torch.finfo(torch.float64).eps
@@ -326,10 +327,10 @@ def test_results_repeat_bitwise():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_changes_nothing(impl):
+def test_autocast_changes_nothing(impl, device):
     x, y = feature_inputs(2, 6, 4, 33, duplicates=True)
     plain = feature_matching(x, y, whitening="sample", impl=impl)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         cast = feature_matching(x, y, whitening="sample", impl=impl)
     assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
 

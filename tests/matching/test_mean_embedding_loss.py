@@ -12,9 +12,10 @@ from ebft_kernels import mean_embedding_loss
 from ebft_kernels.matching import api
 from ebft_kernels.testing import assert_within_budget, feature_inputs, randn
 
-from ..op_checks import assert_compiles, cpu_impls, results_and_gradients
+from ..op_checks import assert_compiles, impls_here, results_and_gradients
 
-IMPLS = cpu_impls("mean_embedding_loss")
+pytestmark = pytest.mark.usefixtures("device")
+IMPLS = impls_here("mean_embedding_loss")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -161,10 +162,10 @@ def test_results_repeat_bitwise():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_changes_nothing(impl):
+def test_autocast_changes_nothing(impl, device):
     x, y = feature_inputs(2, 6, 4, 33)
     plain = mean_embedding_loss(x, y, unbiased=True, impl=impl)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         assert torch.equal(mean_embedding_loss(x, y, unbiased=True, impl=impl), plain)
 
 

@@ -12,9 +12,10 @@ from ebft_kernels import StridedLayout, feature_matching, pool_features
 from ebft_kernels.pooling import _torch, api
 from ebft_kernels.testing import LAYOUTS, assert_within_budget, randn
 
-from ..op_checks import assert_compiles, cpu_impls, fastest, results_and_gradients
+from ..op_checks import assert_compiles, fastest, impls_here, results_and_gradients, seeded
 
-IMPLS = cpu_impls("pool_features")
+pytestmark = pytest.mark.usefixtures("device")
+IMPLS = impls_here("pool_features")
 EPS = torch.finfo(torch.float64).eps
 OPTIONS = list(itertools.product(api.POOLINGS, api.NORMALIZATIONS))
 
@@ -28,7 +29,7 @@ def hidden_inputs(
 
 def random_mask(layout: StridedLayout) -> Tensor:
     """Two thirds of the tokens count, and none of the first few, so that some windows have none that does."""
-    mask = torch.rand(layout.batch_size, layout.length, generator=torch.Generator().manual_seed(3)) < 0.66
+    mask = seeded(torch.rand, layout.batch_size, layout.length, seed=3) < 0.66
     mask[:, :14] = False
     return mask
 
@@ -83,12 +84,8 @@ def test_agrees_with_loops(name, pooling, normalize, masked, impl):
 
 def ended_at(layout: StridedLayout) -> Tensor:
     """[B, A, n, G]: rollouts that end anywhere, some before their first token."""
-    steps = torch.randint(layout.horizon + 1, layout.anchors.shape + (layout.samples, 1), generator=numbers(4))
+    steps = seeded(torch.randint, layout.horizon + 1, layout.anchors.shape + (layout.samples, 1), seed=4)
     return torch.arange(layout.horizon) < steps
-
-
-def numbers(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -288,11 +285,11 @@ def test_results_repeat_bitwise(pooling):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_changes_nothing(impl):
+def test_autocast_changes_nothing(impl, device):
     layout = LAYOUTS["odd"]()
     hidden = hidden_inputs(layout, dtype=torch.bfloat16)
     plain = pool_features(hidden, layout, pooling="mean", impl=impl)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         cast = pool_features(hidden, layout, pooling="mean", impl=impl)
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(cast, plain, strict=True))
 

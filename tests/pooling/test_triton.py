@@ -1,4 +1,4 @@
-"""The pooling kernels, in Triton's interpreter unless there is a GPU: every option, branch and kind of input."""
+"""The Triton kernels of pooling, compiled or in the interpreter: every option, branch and kind of input."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from ebft_kernels import StridedLayout, pool_features
 from ebft_kernels.pooling import _triton, api
 from ebft_kernels.testing import LAYOUTS, assert_within_budget, randn
 
-from ..op_checks import results_and_gradients
+from .. import op_checks
+from ..op_checks import results_and_gradients, short_dtypes
 from .test_pool_features import eager
 
+pytestmark = pytest.mark.usefixtures("device")
 OPTIONS = list(itertools.product(api.POOLINGS, api.NORMALIZATIONS))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def small_layout(samples: int = 2) -> StridedLayout:
     """Two anchors whose windows overlap."""
-    return StridedLayout.strided(2, 5, context=2, stride=1, horizon=2, samples=samples, device=DEVICE)
+    return StridedLayout.strided(2, 5, context=2, stride=1, horizon=2, samples=samples)
 
 
 def hidden_inputs(layout: StridedLayout, *, layers: int = 2, channels: int = 5, dtype=torch.float32) -> list[Tensor]:
     shape = (layout.batch_size, layout.packed_length, channels)
-    return [randn(*shape, seed=i, dtype=dtype, device=DEVICE).requires_grad_() for i in range(layers)]
+    return [randn(*shape, seed=i, dtype=dtype).requires_grad_() for i in range(layers)]
 
 
 def some_tokens(layout: StridedLayout) -> Tensor:
     """In the first row no token of the first window counts, of the second the last; in the second row all others."""
-    mask = torch.tensor([[False, False, False, False, True], [True, True, True, True, False]], device=DEVICE)
+    mask = torch.tensor([[False, False, False, False, True], [True, True, True, True, False]])
     return mask[: layout.batch_size]
 
 
@@ -77,7 +78,7 @@ def test_every_option(pooling, normalize, masked):
 def test_masks_of_single_rollouts(pooling):
     layout = small_layout()
     hidden = [h.detach() for h in hidden_inputs(layout)]
-    own = (torch.arange(layout.anchors.numel() * 4, device=DEVICE) % 3 > 0).view(*layout.anchors.shape, 2, 2)
+    own = (torch.arange(layout.anchors.numel() * 4) % 3 > 0).view(*layout.anchors.shape, 2, 2)
     options = {"pooling": pooling, "rollout_mask": own}
     actual = pool_features(hidden, layout, impl="triton", **options)
     plain = pool_features(hidden, layout, impl="reference", **options)
@@ -86,10 +87,11 @@ def test_masks_of_single_rollouts(pooling):
         assert_within_budget(*tensors)
 
 
+@pytest.mark.parametrize("dtype", short_dtypes())
 @pytest.mark.parametrize("pooling", ("last_token", "mean"))
-def test_float16(pooling):
+def test_16_bits(pooling, dtype):
     layout = small_layout()
-    assert_right(layout, hidden_inputs(layout, channels=6, dtype=torch.float16), pooling, "joint", some_tokens(layout))
+    assert_right(layout, hidden_inputs(layout, channels=6, dtype=dtype), pooling, "joint", some_tokens(layout))
 
 
 @pytest.mark.parametrize("pooling", ("last_token", "mean"))
@@ -107,25 +109,25 @@ def test_features_of_bfloat16(pooling):
 def test_tokens_of_several_tiles_and_tokens_too_long_to_keep(
     pooling, normalize, layers, channels, chunks, resident, monkeypatch
 ):
-    layout = StridedLayout.strided(1, 5, context=2, stride=1, horizon=2, samples=1, device=DEVICE)
+    layout = StridedLayout.strided(1, 5, context=2, stride=1, horizon=2, samples=1)
     launches = recorded_launches(monkeypatch)
-    mask = torch.tensor([[True, True, False, True, True]], device=DEVICE)
+    mask = torch.tensor([[True, True, False, True, True]])
     assert_right(layout, hidden_inputs(layout, layers=layers, channels=channels), pooling, normalize, mask)
     assert [name for name, _ in launches] == ["pool_fwd_kernel", "pool_bwd_kernel"]
-    if DEVICE == "cpu":
+    if op_checks.DEVICE == "cpu":
         assert all((x["CHUNKS"], x["RESIDENT"]) == (chunks, resident) for _, x in launches)
 
 
 @pytest.mark.parametrize("pooling", ("last_token", "concat"))
 def test_anchors_that_are_missing_or_whose_window_leaves_the_row(pooling):
-    anchors = torch.tensor([[1, 3, -1], [2, 4, 5]], device=DEVICE)
+    anchors = torch.tensor([[1, 3, -1], [2, 4, 5]])
     layout = StridedLayout.from_anchors(anchors, 5, horizon=2, samples=1)
     assert layout.valid.tolist() == [[True, True, False], [True, False, False]]
     assert_right(layout, hidden_inputs(layout, layers=1, channels=3), pooling, "joint", None)
 
 
 def test_empty_batch():
-    layout = LAYOUTS["empty_batch"]().to(DEVICE)
+    layout = LAYOUTS["empty_batch"]()
     hidden = hidden_inputs(layout)
     features = pool_features(hidden, layout, impl="triton")
     assert [f.shape for f in features] == [(0, 5, 2, 10), (0, 5, 10)]
@@ -134,12 +136,12 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("pooling", ("last_token", "mean"))
 def test_only_the_needed_rows_are_read_and_get_a_gradient(pooling):
-    layout = StridedLayout.strided(1, 12, context=2, stride=5, horizon=3, samples=2, device=DEVICE)
+    layout = StridedLayout.strided(1, 12, context=2, stride=5, horizon=3, samples=2)
     hidden = hidden_inputs(layout)
-    needed = torch.zeros(1, layout.packed_length, dtype=torch.bool, device=DEVICE)
+    needed = torch.zeros(1, layout.packed_length, dtype=torch.bool)
     used = slice(-1, None) if pooling == "last_token" else slice(None)
     layout.rollouts(needed)[..., used] = True
-    needed[0, (layout.anchors.long() + torch.arange(3, device=DEVICE)[:, None])[used].flatten()] = True
+    needed[0, (layout.anchors.long() + torch.arange(3)[:, None])[used].flatten()] = True
     poisoned = [h.detach().masked_fill(~needed[..., None], torch.nan).requires_grad_() for h in hidden]
     clean, results = (
         results_and_gradients(pool_features(h, layout, pooling=pooling, impl="triton"), h) for h in (hidden, poisoned)
@@ -165,7 +167,7 @@ def test_what_is_not_finite_stays_in_its_token(normalize):
 @pytest.mark.parametrize("normalize", ("joint", "per_layer"))
 def test_hidden_states_too_short_to_normalize(size, normalize):
     """They are divided by 1e-12, and so is their gradient."""
-    layout = StridedLayout.strided(1, 4, context=1, stride=2, horizon=1, samples=1, device=DEVICE)
+    layout = StridedLayout.strided(1, 4, context=1, stride=2, horizon=1, samples=1)
     hidden = [(size * h.detach()).requires_grad_() for h in hidden_inputs(layout)]
     features = pool_features(hidden, layout, normalize=normalize, impl="triton")
     expected = pool_features(hidden, layout, normalize=normalize, impl="reference")
@@ -179,11 +181,11 @@ def test_strided_inputs_and_upstream_gradients():
     """Channels apart, rows apart, layers with different strides, an offset that no 16-byte access fits."""
     layout = small_layout(samples=1)
     shape = (layout.batch_size, layout.packed_length, 8)
-    wide = randn(*shape[:2], 20, seed=3, dtype=torch.float32, device=DEVICE)
+    wide = randn(*shape[:2], 20, seed=3, dtype=torch.float32)
     views = [
         [wide[..., 1:17:2], wide[..., 3:19:2]],
         [wide[..., 1:9], wide[..., 9:17]],
-        [wide[..., :8], randn(shape[1], shape[0], 8, seed=4, dtype=torch.float32, device=DEVICE).transpose(0, 1)],
+        [wide[..., :8], randn(shape[1], shape[0], 8, seed=4, dtype=torch.float32).transpose(0, 1)],
     ]
     for tensors in views:
         results = []
@@ -191,8 +193,7 @@ def test_strided_inputs_and_upstream_gradients():
             leaves = [t.detach().requires_grad_() for t in inputs]
             features = pool_features(leaves, layout, pooling="mean", impl="triton")
             upstream = [
-                randn(*f.shape[::-1], seed=5, dtype=torch.float32, device=DEVICE).permute(*range(f.ndim)[::-1])
-                for f in features
+                randn(*f.shape[::-1], seed=5, dtype=torch.float32).permute(*range(f.ndim)[::-1]) for f in features
             ]
             results.append([*features, *torch.autograd.grad(features, leaves, upstream)])
         assert not any(t.is_contiguous() for t in tensors)
@@ -206,7 +207,7 @@ def test_results_repeat_bitwise_and_do_not_depend_on_the_rest_of_the_batch():
         results_and_gradients(pool_features(hidden, layout, pooling="mean", impl="triton"), hidden) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    alone = StridedLayout.strided(1, 5, context=2, stride=1, horizon=2, samples=2, device=DEVICE)
+    alone = StridedLayout.strided(1, 5, context=2, stride=1, horizon=2, samples=2)
     features = pool_features([h[1:] for h in hidden], alone, pooling="mean", impl="triton")
     assert all(torch.equal(a[0], b[1]) for a, b in zip(features, first, strict=False))
 
