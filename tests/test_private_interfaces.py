@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -62,13 +63,16 @@ TRANSFORMERS = [
         ("model", "inputs", "return_outputs", "num_items_in_batch"),
     ),
 ]
-ALL = TORCH + TRANSFORMERS
+# Documented nowhere either; only where trl is, which needs Python 3.11.
+TRL = [Private("trl.trainer.utils.FusedCausalLMOutput", "ebft_kernels/integrations/trl.py")]
+ALL = TORCH + TRANSFORMERS + (TRL if importlib.util.find_spec("trl") else [])
 #: Attributes of instances, which cannot be looked up in a class: who relies on them has tests that run them.
 OF_INSTANCES = {
     "_attn_implementation_internal": "ebft_kernels/integrations/_strided_attention.py",  # of a config
     "_models": "python/ebft_trainer/trainer.py",  # of an Accelerator
+    "_original_forward": "ebft_kernels/integrations/trl.py",  # of a model that accelerate has wrapped
 }
-LIBRARIES = ("torch", "transformers", "accelerate", "peft")
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "trl")
 
 
 def found(name: str) -> object:

@@ -153,6 +153,43 @@ def in_place_of_head(
             handle.remove()
 
 
+def in_place_of_logits(
+    model: nn.Module, function: Callable[[Tensor, OutputHead], tuple[Tensor, ...]], forward: Callable[[], Any]
+) -> tuple[tuple[Tensor, ...], Any]:
+    """What ``function(hidden [B, S, C], head)`` returned during ``forward()``, a forward of ``model``; and its output.
+
+    ``function`` returns one or more tensors; those with gradient must all be of one dtype.
+
+    Raises:
+        ValueError: the head is not of the form of :class:`OutputHead`.
+    """
+    results: list[tuple[Tensor, ...]] = []
+    joined: Tensor | None = None
+
+    def call(hidden: Tensor, head: OutputHead) -> Tensor | None:
+        nonlocal joined
+        results.append(function(hidden, head))
+        if any(part.requires_grad for part in results[-1]):
+            # In one tensor, whatever the model goes on to do with its logits.
+            joined = torch.cat([part.flatten() for part in results[-1]])
+        return joined
+
+    def done(logits: Tensor) -> None:
+        if joined is None:
+            return
+        # ZeRO-3 waits for the gradient of what it returns, FSDP2 for that of what it was given and may have cast.
+        whole = logits if logits.dtype == joined.dtype else joined
+        pieces = whole.split([part.numel() for part in results[-1]])
+        results[-1] = tuple(piece.view_as(part) for piece, part in zip(pieces, results[-1], strict=True))
+
+    with in_place_of_head(model, head_form(model), call, done):
+        output = forward()
+    if len(results) != 1:
+        architecture = architecture_of(base_model(model))
+        raise RuntimeError(f"{architecture}: expected one call of its vocabulary head, saw {len(results)}")
+    return results[0], output
+
+
 def _head_of(module: nn.Module, form: tuple[float, float | None]) -> OutputHead:
     return OutputHead(module.weight, getattr(module, "bias", None), *form)
 

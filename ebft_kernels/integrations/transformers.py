@@ -30,7 +30,7 @@ from ..layout import StridedLayout, check_layout
 from . import _model_check
 from ._model_check import ModelSupport
 from ._models import ModelFacts, base_model, decoder_layers, decoder_of, evaluation_mode, facts, last_hidden, unwrapped
-from ._output_head import OutputHead, head_form, in_place_of_head, output_head
+from ._output_head import OutputHead, head_form, in_place_of_logits, output_head
 from ._router_loss import router_loss_coefficient, router_losses
 from ._strided_attention import NAME, Selection, StridedCall, carrier_mask, register, row_mask
 from ._strided_cache import StridedCache
@@ -212,30 +212,12 @@ def apply_head(
     """
     if vocabulary is not None:
         check_int("vocabulary", vocabulary, minimum=1)
-    results: list[tuple[Tensor, ...]] = []
-    joined: Tensor | None = None
-
-    def call(hidden: Tensor, head: OutputHead) -> Tensor | None:
-        nonlocal joined
-        results.append(function(hidden, head.first(vocabulary)))
-        if any(part.requires_grad for part in results[-1]):
-            # In one tensor, whatever the model goes on to do with its logits.
-            joined = torch.cat([part.flatten() for part in results[-1]])
-        return joined
-
-    def done(logits: Tensor) -> None:
-        if joined is None:
-            return
-        # ZeRO-3 waits for the gradient of what it returns, FSDP2 for that of what it was given and may have cast.
-        whole = logits if logits.dtype == joined.dtype else joined
-        pieces = whole.split([part.numel() for part in results[-1]])
-        results[-1] = tuple(piece.view_as(part) for piece, part in zip(pieces, results[-1], strict=True))
-
-    with in_place_of_head(model, head_form(model), call, done):
-        _run(model, input_ids, layout, cache, step)
-    if len(results) != 1:
-        raise RuntimeError(f"{facts(model).architecture}: expected one call of its vocabulary head, saw {len(results)}")
-    return results[0]
+    results, _ = in_place_of_logits(
+        model,
+        lambda hidden, head: function(hidden, head.first(vocabulary)),
+        lambda: _run(model, input_ids, layout, cache, step),
+    )
+    return results
 
 
 def _run(
