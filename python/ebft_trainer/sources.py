@@ -235,6 +235,23 @@ def read_documents(
     return list(Source(names, columns or Columns(), extensions))
 
 
+def documents_of(
+    rows: Iterable[Mapping[str, Any]], *, columns: Columns | None = None, where: str = "rows"
+) -> Iterator[Document]:
+    """The documents of rows in memory: dicts, or a ``datasets.Dataset``; ``where`` names them in errors.
+
+    Raises:
+        ValueError: at a row: columns missing or of another type, as for `Source`.
+        TypeError: at a row that is no mapping.
+    """
+    columns = columns or Columns()
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"data: expected a mapping of columns, got {type(row).__name__} in {where}, row {number}")
+        place = f"{where}, row {number}"
+        yield _document(place, row, columns.find(row, place))
+
+
 def _missing_datasets(name: str) -> ValueError:
     return ValueError(f"data: {name!r} needs the package datasets: pip install 'ebft-kernels[datasets]'")
 

@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ebft_kernels import StridedLayout
-from ebft_trainer import EBFTOptions, FeatureNetwork, cli, ebft_step
+from ebft_trainer import EBFTConfig, EBFTOptions, FeatureNetwork, cli, ebft_step
+from ebft_trainer.config import device_arguments
+from ebft_trainer.rows import build_rows
+from ebft_trainer.sources import documents_of
 
 from ..trainer.conftest import build, byte_tokenizer, model_folder  # noqa: F401 (fixtures)
 
@@ -23,7 +28,7 @@ SMALL += " --per-device-train-batch-size 2 --logging-steps 1 --eval-fraction 0.2
 
 def load(name: str):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -109,3 +114,83 @@ def test_the_loop_is_short():
     assert (
         len((EXAMPLES / "plain_loop.py").read_text().split("def train")[1].split("if __name__")[0].splitlines()) <= 30
     )
+
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}assistant: {% endif %}"
+QUESTION, ANSWER = "What is two and two, my friend?", "It is four, as everybody knows."
+USER, ASSISTANT = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+TRL_ROWS = {
+    "text": {"prompt": QUESTION, "completion": " " + ANSWER},
+    "messages": {"prompt": [USER], "completion": [ASSISTANT]},
+    "conversation": {"messages": [USER, ASSISTANT]},
+}
+
+
+@pytest.fixture
+def chat_folder(model_folder):  # noqa: F811
+    """The tiny model with a chat template beside it."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(model_folder)
+    return model_folder
+
+
+@pytest.mark.parametrize("kind", TRL_ROWS)
+def test_rows_as_trl_has_them(kind, chat_folder, tmp_path):
+    config = EBFTConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        context=4,
+        stride=6,
+        horizon=4,
+        samples=3,
+        logging_steps=1,
+        learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no",
+        **device_arguments(),
+    )
+    before = AutoModelForCausalLM.from_pretrained(chat_folder).state_dict()
+    rows = Dataset.from_list([TRL_ROWS[kind]] * 4)
+    trainer = load("trl_style").train_on_rows(str(chat_folder), rows, config)
+    ids, mask = (trainer.train_dataset[0][name] for name in ("input_ids", "completion_mask"))
+    counted = trainer.processing_class.decode(ids[mask])
+    assert counted.startswith(ANSWER if kind != "text" else " " + ANSWER)
+    assert QUESTION in trainer.processing_class.decode(ids[~mask])
+    assert len([line for line in trainer.state.log_history if "feature_matching_loss" in line]) == 2
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    assert all((after[name] != x).any() for name, x in before.items() if x.ndim == 2)
+
+
+def test_a_trl_script_from_the_command_line(chat_folder, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(TRL_ROWS["conversation"]) for _ in range(4)), encoding="utf-8")
+    options = f"--model_name_or_path {chat_folder} --dataset {rows} --output_dir {tmp_path / 'run'} --max_length 96"
+    options += " --max_steps 1 --context 4 --horizon 4 --samples 3 --save_strategy no --report_to none --use_cpu True"
+    monkeypatch.setattr(sys, "argv", ["trl_style.py", *options.split()])
+    runpy.run_path(str(EXAMPLES / "trl_style.py"), run_name="__main__")
+    assert "4 rows; 0 too short" in capsys.readouterr().out and (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_rows_in_memory_that_are_no_documents():
+    good = {"text": "one"}
+    assert [document.text for document in documents_of([good])] == ["one"]
+    with pytest.raises(TypeError, match="data: expected a mapping of columns, got str in rows, row 1"):
+        list(documents_of([good, "two"]))
+    with pytest.raises(ValueError, match="data: expected an object with .* got 'question' in chats, row 0"):
+        list(documents_of([{"question": "x"}], where="chats"))
+
+
+@pytest.mark.parametrize("kind", ("text", "messages"))
+def test_the_tokens_that_count_are_those_of_trl(kind, chat_folder, tmp_path):
+    trl = pytest.importorskip("trl", reason="of the dev extra where Python is 3.11 or newer, as trl needs it to be")
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    (row,), _ = build_rows(documents_of([TRL_ROWS[kind]]), tokenizer, EBFTOptions(context=4, horizon=4), length=256)
+    config = trl.SFTConfig(output_dir=str(tmp_path), max_steps=1, report_to="none", use_cpu=True, bf16=False)
+    model, rows = AutoModelForCausalLM.from_pretrained(chat_folder), Dataset.from_list([TRL_ROWS[kind]] * 4)
+    trainer = trl.SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"][0].tolist() == row["input_ids"].tolist()
+    assert (batch["labels"][0] != -100).tolist() == row["completion_mask"].tolist()
