@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # A process per core, of one thread each: threads that wait for each other on tiny tensors only cost time.
 BESIDE := --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-fast bench bench-docs lint format clean
+.PHONY: demo docs test test-fast bench bench-docs lint format clean
 
 demo: $(READY)
 	$(BIN)/ebft-train demo --output demo-output --overwrite
@@ -33,6 +33,10 @@ bench: $(READY)
 bench-docs: $(READY)
 	$(BIN)/python -m bench.document
 
+# The site of all pages, in site/; an error if a link leads nowhere.
+docs: $(READY)
+	PYTHONPATH=.:python $(BIN)/mkdocs build --quiet
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,8 +47,8 @@ format: $(READY)
 
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[trainer,plot,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[trainer,plot,docs,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo-output *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site demo-output *.egg-info .pytest_cache .ruff_cache
