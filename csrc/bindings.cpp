@@ -96,19 +96,20 @@ void mean_embedding_backward(int isa, int threads, int dtype, const Sizes& sizes
 
 // `sizes`: rows, columns, the first column, all targets.
 cpu::LogitsTile logits_tile(int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets, uintptr_t offsets,
-                            double softcap) {
+                            double factor, double softcap) {
   require(sizes.size() == 4 && sizes[0] >= 0 && sizes[1] >= 1 && sizes[2] >= 0 && sizes[3] >= 0,
           "sizes: expected rows, at least one column, the first column, and targets");
   require(softcap >= 0, "softcap: expected no negative one");
   const bool needed = sizes[0] > 0;
   return {checked_enum<cpu::Dtype>("dtype", dtype, 4), pointer(logits, needed), sizes[0], sizes[1], sizes[2],
-          array<const int64_t>(targets, sizes[3] > 0), array<const int64_t>(offsets, needed), softcap};
+          array<const int64_t>(targets, sizes[3] > 0), array<const int64_t>(offsets, needed), factor, softcap};
 }
 
 void softmax_add(int isa, int threads, int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets,
-                 uintptr_t offsets, double softcap, uintptr_t largest, uintptr_t total, uintptr_t at_target) {
+                 uintptr_t offsets, double factor, double softcap, uintptr_t largest, uintptr_t total,
+                 uintptr_t at_target) {
   const cpu::Execution run = execution(isa, threads);
-  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, offsets, softcap);
+  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, offsets, factor, softcap);
   const bool needed = tile.rows > 0;
   void *largest_out = pointer(largest, needed), *total_out = pointer(total, needed);
   void* target_out = pointer(at_target, sizes[3] > 0);
@@ -117,10 +118,10 @@ void softmax_add(int isa, int threads, int dtype, const Sizes& sizes, uintptr_t 
 }
 
 void softmax_gradient(int isa, int threads, int dtype, const Sizes& sizes, uintptr_t logits, uintptr_t targets,
-                      uintptr_t offsets, double softcap, uintptr_t largest, uintptr_t log_total,
+                      uintptr_t offsets, double factor, double softcap, uintptr_t largest, uintptr_t log_total,
                       uintptr_t whole_upstream, uintptr_t upstream) {
   const cpu::Execution run = execution(isa, threads);
-  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, offsets, softcap);
+  const cpu::LogitsTile tile = logits_tile(dtype, sizes, logits, targets, offsets, factor, softcap);
   const bool needed = tile.rows > 0;
   const void *largest_in = pointer(largest, needed), *total_in = pointer(log_total, needed);
   const void *whole_in = pointer(whole_upstream, needed), *upstream_in = pointer(upstream, sizes[3] > 0);

@@ -49,12 +49,14 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_finite(name: str, value: object) -> None:
-    """Raise TypeError / ValueError unless ``value`` is a finite number, in float32 too."""
+    """Raise TypeError / ValueError unless ``value`` is 0 or a finite number that float32 holds in full precision."""
     _check_number(name, value)
     if not -float("inf") < value < float("inf"):
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    if abs(value) > _FLOAT32.max:
-        raise ValueError(f"{name}: expected what float32 can hold, up to {_FLOAT32.max:.3g}, got {value}")
+    if value and not _FLOAT32.tiny <= abs(value) <= _FLOAT32.max:
+        raise ValueError(
+            f"{name}: expected 0 or what float32 can hold, {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, got {value}"
+        )
 
 
 def _check_number(name: str, value: object) -> None:

@@ -83,12 +83,12 @@ def test_numbers_that_float32_does_not_hold_are_refused():
     for value in (1e-38, 1e-40, 5e-324, 1e39, 10**400):
         with pytest.raises(ValueError, match="softcap: expected what float32 can hold, 1.18e-38 to 3.4e"):
             _checks.check_positive("softcap", value)
-    for value in (1e39, -1e39, 10**400):
-        with pytest.raises(ValueError, match="scale: expected what float32 can hold, up to 3.4e"):
+    for value in (1e39, -1e39, 10**400, 1e-46, -1e-40, 5e-324):
+        with pytest.raises(ValueError, match="scale: expected 0 or what float32 can hold, 1.18e-38 to 3.4e"):
             _checks.check_finite("scale", value)
     for value in (1.2e-38, 3.4e38):
         _checks.check_positive("softcap", value)
-    for value in (0, 5e-324, -3.4e38):
+    for value in (0, -0.0, -1.2e-38, -3.4e38):
         _checks.check_finite("scale", value)
 
 

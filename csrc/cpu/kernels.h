@@ -83,14 +83,15 @@ struct Kernels {
                     const Heads& grads, int64_t batch, int64_t kv_head);
 
   // For log-probabilities; statistics, and what is given or found per target, are float32 (float64 for float64).
-  // `softcap` as in LogitsTile. Adds a row to its statistics.
-  void (*softmax_add)(const void* row, int64_t columns, double softcap, const RowTargets& targets, void* largest,
-                      void* total, void* at_target);
+  // `factor` and `softcap` as in LogitsTile. Adds a row to its statistics.
+  void (*softmax_add)(const void* row, int64_t columns, double factor, double softcap, const RowTargets& targets,
+                      void* largest, void* total, void* at_target);
 
   // Overwrites a row with whole_upstream * exp(logit - largest - log_total), minus upstream at its targets, times
-  // d logit / d row.
-  void (*softmax_gradient)(void* row, int64_t columns, double softcap, const RowTargets& targets, const void* largest,
-                           const void* log_total, const void* whole_upstream, const void* upstream);
+  // the slope of tanh.
+  void (*softmax_gradient)(void* row, int64_t columns, double factor, double softcap, const RowTargets& targets,
+                           const void* largest, const void* log_total, const void* whole_upstream,
+                           const void* upstream);
 };
 
 // The instruction sets that this machine can run, the best last.

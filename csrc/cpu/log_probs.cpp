@@ -33,7 +33,7 @@ void softmax_add(const Execution& execution, const LogitsTile& tile, void* large
   const int64_t bytes = element_bytes(sum_dtype(tile.dtype));
   for_each_row(execution, tile, [&](int64_t row, void* logits, const RowTargets& targets) {
     const auto at = [&](void* sums, int64_t index) { return static_cast<char*>(sums) + index * bytes; };
-    kernels.softmax_add(logits, tile.columns, tile.softcap, targets, at(largest, row), at(total, row),
+    kernels.softmax_add(logits, tile.columns, tile.factor, tile.softcap, targets, at(largest, row), at(total, row),
                         at(at_target, tile.offsets[row]));
   });
 }
@@ -44,7 +44,7 @@ void softmax_gradient(const Execution& execution, const LogitsTile& tile, const 
   const int64_t bytes = element_bytes(sum_dtype(tile.dtype));
   for_each_row(execution, tile, [&](int64_t row, void* logits, const RowTargets& targets) {
     const auto at = [&](const void* sums, int64_t index) { return static_cast<const char*>(sums) + index * bytes; };
-    kernels.softmax_gradient(logits, tile.columns, tile.softcap, targets, at(largest, row), at(log_total, row),
+    kernels.softmax_gradient(logits, tile.columns, tile.factor, tile.softcap, targets, at(largest, row), at(log_total, row),
                              at(whole_upstream, row), at(upstream, tile.offsets[row]));
   });
 }
@@ -57,7 +57,7 @@ void softmax_blocks(const Execution& execution, const LogitsBlocks& blocks, void
       const int64_t first = block * blocks.size, count = std::min(blocks.size, blocks.columns - first);
       const void* logits = static_cast<const char*>(blocks.data) + (row * blocks.columns + first) * bytes;
       const auto at = [&](void* sums) { return static_cast<char*>(sums) + (row * blocks.per_row() + block) * sum_bytes; };
-      kernels.softmax_add(logits, count, 0, RowTargets{}, at(largest), at(total), nullptr);
+      kernels.softmax_add(logits, count, 1, 0, RowTargets{}, at(largest), at(total), nullptr);
     }
   });
 }

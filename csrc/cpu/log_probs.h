@@ -13,15 +13,16 @@ struct LogitsTile {
   int64_t rows, columns, first;
   const int64_t* targets;  // [T], counted from column 0
   const int64_t* offsets;  // [rows + 1], where the targets of each row begin
-  double softcap;          // the logits are softcap * tanh(data), or data itself where it is 0
+  double factor;
+  double softcap;  // the logits are softcap * tanh(factor * data), or factor * data where it is 0
 };
 
 // Brings the largest logit so far and the sum of exp(logit - largest), each [rows], and the logits of the targets that
 // are in this tile, [T], up to date.
 void softmax_add(const Execution& execution, const LogitsTile& tile, void* largest, void* total, void* at_target);
 
-// Overwrites the tile with the sum of upstream * (softmax - onehot(target)) over a row's targets, times d logits / d
-// data, from the largest logit, the logarithm of the sum and the sum of upstream, each [rows], and upstream [T].
+// Overwrites the tile with the sum of upstream * (softmax - onehot(target)) over a row's targets, times the slope of
+// tanh, from the largest logit, the logarithm of the sum and the sum of upstream, each [rows], and upstream [T].
 void softmax_gradient(const Execution& execution, const LogitsTile& tile, const void* largest, const void* log_total,
                       const void* whole_upstream, const void* upstream);
 

@@ -3,11 +3,11 @@
 
 constexpr int64_t softmax_piece = 1024;
 
-// A piece of a row: softcap * tanh(x), or x where softcap is 0; vectors are filled up with -inf. `slopes`, if there
-// is a softcap and it is not null, becomes the derivative of tanh.
+// A piece of a row: softcap * tanh(factor * x), or factor * x where softcap is 0; vectors are filled up with -inf.
+// `slopes`, if there is a softcap and it is not null, becomes the derivative of tanh.
 template <class T, class S>
-static void load_logits(const T* from, int64_t count, S softcap, S* logits, S* slopes) {
-  load_row<T>(from, count, S(1), logits);
+static void load_logits(const T* from, int64_t count, S factor, S softcap, S* logits, S* slopes) {
+  load_row<T>(from, count, factor, logits);
   for (int64_t k = 0; softcap > 0 && k < count; k += lanes<S>) {
     const auto bounded = tanh_of<S>(load_whole(logits + k));
     store_whole(logits + k, bounded * softcap);
@@ -26,14 +26,15 @@ static void for_targets_within(const RowTargets& targets, int64_t first, int64_t
 }
 
 template <class T>
-static void softmax_add(const void* row, int64_t columns, double softcap, const RowTargets& targets, void* largest,
-                        void* total, void* at_target) {
+static void softmax_add(const void* row, int64_t columns, double factor, double softcap, const RowTargets& targets,
+                        void* largest, void* total, void* at_target) {
   using S = Sum<T>;
   using V = WholeVector<S>;
   S logits[softmax_piece], most = *static_cast<S*>(largest), sum = *static_cast<S*>(total);
   for (int64_t first = 0; first < columns; first += softmax_piece) {
     const int64_t count = smaller(softmax_piece, columns - first);
-    load_logits(static_cast<const T*>(row) + first, count, S(softcap), logits, static_cast<S*>(nullptr));
+    load_logits(static_cast<const T*>(row) + first, count, S(factor), S(softcap), logits,
+                static_cast<S*>(nullptr));
     for_targets_within(targets, first, count,
                        [&](int64_t k, int64_t column) { static_cast<S*>(at_target)[k] = logits[column]; });
     V highest = V{} + most, added = {};
@@ -51,7 +52,7 @@ static void softmax_add(const void* row, int64_t columns, double softcap, const 
 }
 
 template <class T>
-static void softmax_gradient(void* row, int64_t columns, double softcap, const RowTargets& targets,
+static void softmax_gradient(void* row, int64_t columns, double factor, double softcap, const RowTargets& targets,
                              const void* largest, const void* log_total, const void* whole_upstream,
                              const void* upstream) {
   using S = Sum<T>;
@@ -61,7 +62,7 @@ static void softmax_gradient(void* row, int64_t columns, double softcap, const R
   for (int64_t first = 0; first < columns; first += softmax_piece) {
     T* piece = static_cast<T*>(row) + first;
     const int64_t count = smaller(softmax_piece, columns - first);
-    load_logits(piece, count, S(softcap), weights, slopes);
+    load_logits(piece, count, S(factor), S(softcap), weights, slopes);
     for (int64_t k = 0; k < count; k += lanes<S>) {
       store_whole(weights + k, exp_of<S>((load_whole(weights + k) - most) - logarithm) * scale);
     }

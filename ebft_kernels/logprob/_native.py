@@ -30,6 +30,7 @@ def _run(kernel: str, tile: Tile, *numbers: Tensor) -> None:
         tile.data.data_ptr(),
         tile.targets.ids.data_ptr(),
         tile.targets.offsets[tile.rows.start :].data_ptr(),
+        tile.factor,
         tile.softcap,
         *(x.data_ptr() for x in numbers),
     )

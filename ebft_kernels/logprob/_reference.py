@@ -19,8 +19,10 @@ def linear_log_probs(
     scale: float,
 ) -> Tensor:
     """See :func:`ebft_kernels.linear_log_probs`."""
-    logits = F.linear(hidden, weight, bias)  # [..., V]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))  # [..., V]
+    logits = logits * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     log_probs = torch.log_softmax(logits / temperature, -1)

@@ -38,13 +38,18 @@ class Targets(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows and columns of ``hidden W^T + bias``, times a factor; the logits over the temperature are
-    ``softcap * tanh(data)``, or ``data`` itself where ``softcap`` is 0."""
+    """Rows and columns of ``hidden W^T + bias``; the logits over the temperature are ``factor * data``, or where
+    ``softcap`` is not 0, ``softcap * tanh(factor * data)``.
+
+    The factor is left to what reads the data, in float32: it may be so small or large that in half precision nothing
+    would be left of the products.
+    """
 
     rows: slice
     columns: slice
     data: Tensor  # [M, N] in the dtype of hidden; rows begin at multiples of the pitch
     targets: Targets  # of all rows and columns
+    factor: float
     softcap: float
 
 
@@ -52,8 +57,8 @@ class Tile(NamedTuple):
 #: to date.
 Add = Callable[[Tile, Tensor, Tensor, Tensor], None]
 #: Overwrites ``data`` with the sum of ``upstream * (softmax - onehot(target))`` over the targets of each row, times
-#: ``d logits / d data``, from the largest logit, the logarithm of the sum and the sum of upstream, each [M], and
-#: upstream [T].
+#: the slope of tanh, from the largest logit, the logarithm of the sum and the sum of upstream, each [M], and upstream
+#: [T]: ``d logits / d data`` without the factor that it has in common.
 Differentiate = Callable[[Tile, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -130,16 +135,16 @@ def backward(
     grad_weight = _sum_of_products(weight, row_tiles, dtype, needed=needs[1])
     grad_bias = statistics.new_zeros(vocabulary if needs[2] else 0)
     scored = _by_row(targets, rows, num_rows)
-    upstream = scored.sort(grad) * (-scale / temperature)
+    upstream, factor = scored.sort(grad).contiguous(), -scale / temperature
     whole_upstream = upstream if rows is None else add_at(torch.zeros_like(statistics[0]), scored.rows, upstream)
     for tile in _tiles(hidden, weight, scored, bias, temperature, softcap, scale, shape, pitch):
         differentiate(tile, *statistics[:, tile.rows], whole_upstream[tile.rows], upstream)
         if needs[0]:
-            _add_product(grad_hidden[tile.rows], tile.data, weight[tile.columns], column_tiles)
+            _add_product(grad_hidden[tile.rows], tile.data, weight[tile.columns], factor, column_tiles)
         if needs[1]:
-            _add_product(grad_weight[tile.columns], tile.data.mT, hidden[tile.rows], row_tiles)
+            _add_product(grad_weight[tile.columns], tile.data.mT, hidden[tile.rows], factor, row_tiles)
         if needs[2]:
-            grad_bias[tile.columns] += tile.data.sum(0, dtype=dtype)
+            grad_bias[tile.columns].add_(tile.data.sum(0, dtype=dtype), alpha=factor)
     return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
@@ -165,13 +170,13 @@ def _sum_of_products(like: Tensor, summands: int, dtype: torch.dtype, *, needed:
     return like.new_zeros(like.shape, dtype=dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, summands: int) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float, summands: int) -> None:
     if summands == 1:
-        torch.mm(a, b, out=total)
+        torch.addmm(total, a, b, beta=0, alpha=factor, out=total)
     elif total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, alpha=factor)
     else:
-        total += a @ b
+        total.add_(a @ b, alpha=factor)
 
 
 def _check_range(name: str, what: str, index: Tensor, size: int) -> None:
@@ -219,8 +224,8 @@ def _tiles(
             height, width = rows.stop - rows.start, columns.stop - columns.start
             stride = _round_up(width, pitch)
             data = memory[: height * stride].view(height, stride)[:, :width]
-            multiply(hidden[rows], weight[columns], None if bias is None else bias[columns], factor, out=data)
-            yield Tile(rows, columns, data, targets, cap)
+            multiply(hidden[rows], weight[columns], None if bias is None else bias[columns], 1.0, out=data)
+            yield Tile(rows, columns, data, targets, factor, cap)
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -36,6 +36,8 @@ def _logits(tile: Tile, dtype: torch.dtype, *, slope: bool = False) -> tuple[Ten
     """The logits of a tile [M, N] over the temperature and, for ``slope``, the soft cap's derivative [M, N]; may be the
     tile's own memory."""
     logits = tile.data.to(dtype)
+    if tile.factor != 1:
+        logits.mul_(tile.factor)
     if not tile.softcap:
         return logits, None
     logits.tanh_()

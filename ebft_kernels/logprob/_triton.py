@@ -45,6 +45,7 @@ def _run(kernel, grid, tile: Tile, *numbers: Tensor | int) -> None:
         tile.rows.start,
         tile.columns.start,
         tile.data.stride(0),
+        tile.factor,
         tile.softcap,
         device=device,
         tiles=softmax_tiles(target_of(device), tile.data.element_size()),
@@ -53,14 +54,13 @@ def _run(kernel, grid, tile: Tile, *numbers: Tensor | int) -> None:
 
 
 @triton.jit
-def _bounded(x, softcap, SOFTCAP: tl.constexpr):
-    """Numbers of a tile as float32, or the tanh of them; and what the logits are a multiple of, 1 or the soft cap."""
+def _bounded(x, factor, softcap, SOFTCAP: tl.constexpr):
+    """Numbers of a tile as float32, or the tanh of their multiples; and what times these the logits are."""
     x = x.to(tl.float32)
     if SOFTCAP:
-        x = tanh(x)
-    else:
-        softcap = 1.0
-    return x, softcap
+        x = tanh(x * factor)
+        factor = softcap
+    return x, factor
 
 
 @triton.jit(do_not_specialize=["columns", "first_row", "first"])
@@ -75,6 +75,7 @@ def softmax_add_kernel(
     first_row,
     first,
     stride,
+    factor,
     softcap,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -90,8 +91,8 @@ def softmax_add_kernel(
     sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, stride, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x, factor = _bounded(tl.load(logits + column, column < stride, 0), softcap, SOFTCAP)  # [BLOCK]
-        x = tl.where(column < columns, x * factor, float("-inf"))
+        x, multiple = _bounded(tl.load(logits + column, column < stride, 0), factor, softcap, SOFTCAP)  # [BLOCK]
+        x = tl.where(column < columns, x * multiple, float("-inf"))
         higher = x > top
         decay = tl.exp(tl.where(higher, top - x, x - top))
         sums = tl.where(higher, sums * decay + 1, sums + decay)
@@ -104,8 +105,8 @@ def softmax_add_kernel(
     for k in range(tl.load(offsets + first_row + row), tl.load(offsets + first_row + row + 1)):
         column = tl.load(ids + k) - first
         inside = (column >= 0) & (column < columns)
-        x, factor = _bounded(tl.load(logits + column, inside, 0), softcap, SOFTCAP)
-        tl.store(at_target + k, x * factor, inside)
+        x, multiple = _bounded(tl.load(logits + column, inside, 0), factor, softcap, SOFTCAP)
+        tl.store(at_target + k, x * multiple, inside)
 
 
 @triton.jit(do_not_specialize=["first_row", "first"])
@@ -120,6 +121,7 @@ def softmax_gradient_kernel(
     first_row,
     first,
     stride,
+    factor,
     softcap,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -128,8 +130,8 @@ def softmax_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     numbers = data + row * stride + column
-    x, factor = _bounded(tl.load(numbers, column < stride, 0), softcap, SOFTCAP)  # [BLOCK]
-    grad = tl.exp((x * factor - tl.load(largest + row)) - tl.load(log_total + row)) * tl.load(whole_upstream + row)
+    x, multiple = _bounded(tl.load(numbers, column < stride, 0), factor, softcap, SOFTCAP)  # [BLOCK]
+    grad = tl.exp((x * multiple - tl.load(largest + row)) - tl.load(log_total + row)) * tl.load(whole_upstream + row)
     for k in range(tl.load(offsets + first_row + row), tl.load(offsets + first_row + row + 1)):
         grad -= tl.where(first + column == tl.load(ids + k), tl.load(upstream + k), 0)
     if SOFTCAP:

@@ -30,6 +30,15 @@ HEADS = (
     {"softcap": 3.0, "temperature": 0.6, "scale": 1.5},
 )
 
+# Factors of the products that float16 does not hold, though it holds the products and the gradients.
+EXTREME_HEADS = (
+    {"softcap": 1e8},
+    {"softcap": 1e8, "temperature": 1.5, "scale": 3.0},
+    {"softcap": 3e-8, "temperature": 3e-8},
+    {"softcap": 2e6, "scale": 1e6, "temperature": 1e6},
+    {"softcap": 2e-7, "scale": 1e-7, "temperature": 1e-7},
+)
+
 
 def inputs(
     rows: int = 13, channels: int = 10, vocabulary: int = 31, *, dtype: torch.dtype = torch.float64, seed: int = 0
@@ -118,6 +127,31 @@ def assert_right(dtype: torch.dtype, sizes: tuple[int, int, int], *, several: bo
 @pytest.mark.parametrize("chunk_size", (None, 7))
 def test_values_and_gradients_in_every_dtype(chunk_size, head, dtype):
     assert_right(dtype, (60, 48, 200), chunk_size=chunk_size, impl="torch", **head)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("head", EXTREME_HEADS)
+def test_factors_that_half_precision_does_not_hold(head, dtype, impl):
+    assert_right(dtype, (24, 48, 129), impl=impl, **head)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_whose_factor_half_precision_does_not_hold(impl):
+    """Gradients of logits beyond float16 and of inputs within, since the other factor of their product is small."""
+    hidden, weight, targets, _ = inputs(24, 48, 129, dtype=torch.float16)
+    small = [(hidden / 2**5).requires_grad_(), (weight / 2**11).requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in small]
+    head = {"scale": 2.0**16}
+    upstream = randn(24, seed=7, dtype=torch.float32)
+    grads, truth = (
+        torch.autograd.grad(linear_log_probs(*leaves, targets, impl=which, **head), leaves, upstream.to(dtype))
+        for leaves, which, dtype in ((small, impl, torch.float32), (exact, "reference", torch.float64))
+    )
+    for grad, expected in zip(grads, truth, strict=True):
+        assert grad.isfinite().all() and 2**15 > expected.abs().max() > 1
+        # The products, and the gradients of the logits, are rounded to float16; each gradient has up to 129 summands.
+        assert (grad - expected).abs().max() <= 0.02 * expected.abs().max()
 
 
 def small_tiles(monkeypatch, rows: int) -> None:
@@ -493,9 +527,12 @@ BAD = [
     ({"softcap": -1.0}, ValueError, "softcap: expected a finite number above 0"),
     ({"softcap": 1e39}, ValueError, "softcap: expected what float32 can hold"),
     ({"temperature": 1e-40}, ValueError, "temperature: expected what float32 can hold"),
-    ({"scale": -1e39}, ValueError, "scale: expected what float32 can hold"),
-    ({"scale": 1e30, "temperature": 1e-30}, ValueError, "scale / temperature: expected what float32 can hold"),
-    ({"scale": 1e30, "softcap": 1e-30}, ValueError, "scale / softcap: expected what float32 can hold"),
+    ({"scale": -1e39}, ValueError, "scale: expected 0 or what float32 can hold"),
+    ({"scale": 1e-46}, ValueError, "scale: expected 0 or what float32 can hold"),
+    ({"scale": 1e30, "temperature": 1e-30}, ValueError, "scale / temperature: expected 0 or what float32 can hold"),
+    ({"scale": 1e-30, "temperature": 1e30}, ValueError, "scale / temperature: expected 0 or what float32 can hold"),
+    ({"scale": 1e30, "softcap": 1e-30}, ValueError, "scale / softcap: expected 0 or what float32 can hold"),
+    ({"scale": -1e-30, "softcap": 1e30}, ValueError, "scale / softcap: expected 0 or what float32 can hold"),
     ({"softcap": 1e-30, "temperature": 1e30}, ValueError, "softcap / temperature: expected what float32 can hold"),
     ({"chunk_size": 2**32}, ValueError, r"chunk_size: expected less than 2\^31, got 4294967296"),
     ({"scale": math.inf}, ValueError, "scale: expected a finite number, got inf"),

@@ -30,6 +30,13 @@ def test_values_and_gradients(several, head, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head", log_probs.EXTREME_HEADS)
+def test_factors_that_half_precision_does_not_hold(head, dtype):
+    log_probs.test_factors_that_half_precision_does_not_hold(head, dtype, "triton")
+    log_probs.test_gradients_whose_factor_half_precision_does_not_hold("triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("several", (False, True))
 def test_tiles_of_rows_and_columns(several, dtype, monkeypatch):
     log_probs.small_tiles(monkeypatch, 7)

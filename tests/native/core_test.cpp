@@ -312,6 +312,7 @@ void run_attention(cpu::Isa isa, cpu::Dtype dtype, int64_t kv_heads, int64_t rep
 template <class T, class S>
 void run_softmax(cpu::Isa isa, cpu::Dtype dtype, int64_t columns, double softcap) {
   const int64_t rows = 2, count = 4, all = columns + 3;
+  const double factor = 1.5;
   Buffer<T> first(rows * columns), second(rows * 3);
   Buffer<S> largest(rows), total(rows), whole(rows), at_target(count), upstream(count);
   Buffer<int64_t> targets(count), offsets(rows + 1);
@@ -324,7 +325,7 @@ void run_softmax(cpu::Isa isa, cpu::Dtype dtype, int64_t columns, double softcap
     return to_double(column < columns ? first[row * columns + column] : second[row * 3 + column - columns]);
   };
   const auto logit = [&](int64_t row, int64_t column) {
-    return softcap > 0 ? softcap * std::tanh(data(row, column)) : data(row, column);
+    return softcap > 0 ? softcap * std::tanh(factor * data(row, column)) : factor * data(row, column);
   };
   std::vector<double> log_sums, targeted, gradients;
   for (int64_t row = 0; row < rows; ++row) {
@@ -343,8 +344,8 @@ void run_softmax(cpu::Isa isa, cpu::Dtype dtype, int64_t columns, double softcap
   }
   const cpu::Execution run{isa, 1};
   const cpu::LogitsTile tiles[] = {
-      {dtype, first.data(), rows, columns, 0, targets.data(), offsets.data(), softcap},
-      {dtype, second.data(), rows, 3, columns, targets.data(), offsets.data(), softcap}};
+      {dtype, first.data(), rows, columns, 0, targets.data(), offsets.data(), factor, softcap},
+      {dtype, second.data(), rows, 3, columns, targets.data(), offsets.data(), factor, softcap}};
   for (const auto& tile : tiles) cpu::softmax_add(run, tile, largest.data(), total.data(), at_target.data());
   const double tolerance = 10 * (sizeof(T) == 8 ? 0x1p-52 : sizeof(T) == 4 ? 0x1p-22 : 0x1p-8);
   const double sums = sizeof(S) == 8 ? 1e-13 : 1e-5;

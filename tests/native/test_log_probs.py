@@ -43,6 +43,14 @@ def test_values_and_gradients(tile_bytes, head, dtype, monkeypatch):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("head", log_probs.EXTREME_HEADS)
+def test_factors_that_half_precision_does_not_hold(head, dtype):
+    log_probs.test_factors_that_half_precision_does_not_hold(head, dtype, "native")
+    log_probs.test_gradients_whose_factor_half_precision_does_not_hold("native")
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("head", log_probs.HEADS)
 def test_gradcheck(head):
     log_probs.test_gradcheck(head, "native")
@@ -113,7 +121,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for number in (1, 2, 3):
         torch.set_num_threads(number)
         statistics = torch.full((300,), -1e30), torch.zeros(300), torch.zeros(300)
-        tile = _tiled.Tile(slice(0, 300), slice(0, 2000), data.clone(), scored, 2.0)
+        tile = _tiled.Tile(slice(0, 300), slice(0, 2000), data.clone(), scored, 1.5, 2.0)
         _native._add(tile, *statistics)
         _native._differentiate(tile, statistics[0], statistics[1].log(), upstream, upstream)
         results.append((*statistics, tile.data))
@@ -136,20 +144,20 @@ def test_what_the_module_refuses(compiled):
     data, rows = torch.zeros(2, 3), torch.zeros(2)
     targets, offsets = torch.zeros(2, dtype=torch.int64), torch.arange(3)
     integers = (data.data_ptr(), targets.data_ptr(), offsets.data_ptr())
-    good = (0, 1, 1, (2, 3, 0, 2), *integers, 0.0, *[rows.data_ptr()] * 4)
+    good = (0, 1, 1, (2, 3, 0, 2), *integers, 1.0, 0.0, *[rows.data_ptr()] * 4)
     compiled.softmax_gradient(*good)
     for position, value, message in (
         (2, 4, "dtype"),
         (3, (2, 3, 0), "sizes: expected rows"),
         (3, (2, 0, 0, 2), "at least one column"),
-        *((address, 0, "address") for address in (4, 5, 6, 8, 9, 10, 11)),
-        (7, -1.0, "softcap"),
+        *((address, 0, "address") for address in (4, 5, 6, 9, 10, 11, 12)),
+        (8, -1.0, "softcap"),
     ):
         with pytest.raises(ValueError, match=message):
             compiled.softmax_gradient(*good[:position], value, *good[position + 1 :])
-    good = (0, 1, 1, (2, 3, 0, 2), *integers, 0.0, *[rows.data_ptr()] * 3)
+    good = (0, 1, 1, (2, 3, 0, 2), *integers, 1.0, 0.0, *[rows.data_ptr()] * 3)
     compiled.softmax_add(*good)
-    for address in (4, 5, 6, 8, 9, 10):
+    for address in (4, 5, 6, 9, 10, 11):
         with pytest.raises(ValueError, match="address"):
             compiled.softmax_add(*good[:address], 0, *good[address + 1 :])
     good = (0, 1, 1, (2, 3, 2), data.data_ptr(), *[torch.zeros(4).data_ptr()] * 2)
