@@ -1,4 +1,7 @@
-"""What the tests of several ops share: where they run, compilation without graph breaks, time ratios in one process."""
+"""What the tests of several ops share: where they run, compilation without graph breaks, time ratios in one process.
+
+conftest.py imports this to say where, before Triton may be imported: so what imports Triton is imported when it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves
-
-from ebft_kernels import available_impls
 
 #: Type of the device that the tests of the ops run on: pytest's ``--device``, known before any of them is imported.
 DEVICE = "cpu"
@@ -19,6 +19,8 @@ DEVICE = "cpu"
 
 def impls_here(op: str) -> tuple[str, ...]:
     """Implementations of ``op`` that run where the tests do, in every dtype; Triton's kernels have their own tests."""
+    from ebft_kernels import available_impls
+
     return tuple(impl for impl in available_impls(op, DEVICE) if impl != "triton")
 
 
@@ -38,6 +40,8 @@ def assert_compiles(function: Callable[..., Any], calls: Iterable[Sequence[Any]]
 
     Gradients with respect to all leaves that require one are compared too.
     """
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True)
