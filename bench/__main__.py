@@ -5,8 +5,9 @@
 
 Everyone is first checked, results and gradients, against float64 at a short length; who is wrong gets no time. Then all
 are timed in turn in one process, beside the floor (bench/floors.py). "cold" is the first forward of the process, at
-that short length, with nothing found that was compiled earlier. On a GPU, times are between events, and its cache is
-overwritten before each run. Writes results.json, results.md and results.png to the output folder.
+that short length, with nothing found that was compiled earlier. On a GPU, times are between events, its cache is
+overwritten before each run, and what is short is replayed as a CUDA graph, without the host's time. Writes
+results.json, results.md and results.png to the output folder.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ from torch import Tensor
 
 from ebft_kernels import select_impl
 from ebft_kernels._dispatch import OPS, why_not
-from ebft_kernels.testing import randn
 
-from .measure import first_run, in_turn, machine_line
+from .measure import first_run, in_turn, machine_line, side_stream
 from .problems import DIRECTIONS, FLOOR, PROBLEMS, Contestant, Problem, errors
 from .report import Row, markdown, plot, write_json
 from .shapes import MODELS, Geometry, ModelShape
@@ -47,7 +47,7 @@ def main() -> None:
     machine = f"{machine_line(device)}, {arguments.dtype}"
     rows: list[Row] = []
     choices = {op: choice(op, device, dtype) for op in arguments.op or PROBLEMS}
-    with compiling_anew():
+    with compiling_anew(), side_stream(device):
         for op in choices:
             print(choices[op], file=sys.stderr, flush=True)
             for name in arguments.model or ("llama-256",):
@@ -156,7 +156,7 @@ def prepared(contestant: Contestant, inputs: tuple[Tensor, ...], direction: str)
         return out if isinstance(out, tuple) else (out,)
 
     first = results()
-    upstream = [randn(*x.shape, seed=i, dtype=x.dtype, device=x.device) for i, x in enumerate(first)]
+    upstream = [torch.randn_like(x) for x in first]
     if direction == "backward":
         return lambda kept=first: torch.autograd.grad(kept, inputs, upstream, retain_graph=True)
     return lambda: torch.autograd.grad(results(), inputs, upstream)

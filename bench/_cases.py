@@ -1,6 +1,7 @@
 """Every op on realistic sizes, as a user calls it: what the tools compile, count and time.
 
-Nothing here looks at the numbers, so the tensors are left uninitialised and cost no memory until somebody reads them.
+On a CPU nobody looks at the numbers, so the tensors are left uninitialised and cost no memory until they are read. On a
+GPU, where the rows' layout is, they are random.
 """
 
 from __future__ import annotations
@@ -106,19 +107,38 @@ def _layout_kernels() -> ModuleType:
 def _heads(model: ModelShape, rows: StridedLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     size = (rows.packed_length, model.head_dim)
     return tuple(
-        torch.empty(rows.batch_size, heads, *size, dtype=dtype, requires_grad=True)
+        _numbers(rows, rows.batch_size, heads, *size, dtype=dtype)
         for heads in (model.heads, model.kv_heads, model.kv_heads)
     )
 
 
 def _hidden_states(model: ModelShape, rows: StridedLayout, dtype: torch.dtype) -> list[Tensor]:
     size = (rows.batch_size, rows.packed_length, model.hidden)
-    return [torch.empty(size, dtype=dtype, requires_grad=True) for _ in range(model.tapped)]
+    return [_numbers(rows, *size, dtype=dtype) for _ in range(model.tapped)]
 
 
 def _features(model: ModelShape, rows: StridedLayout) -> tuple[Tensor, Tensor]:
     size = (rows.batch_size, rows.num_anchors)
     return (
-        torch.empty(*size, rows.samples, model.features, requires_grad=True),
-        torch.empty(*size, model.features, requires_grad=True),
+        _numbers(rows, *size, rows.samples, model.features),
+        _numbers(rows, *size, model.features),
     )
+
+
+def _numbers(rows: StridedLayout, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    make = torch.empty if rows.device.type == "cpu" else torch.randn
+    return make(size, dtype=dtype, device=rows.device, requires_grad=True)
+
+
+def leaves(outputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The tensors that gradients end in, found by following the outputs' graph."""
+    found, seen, stack = [], set(), [out.grad_fn for out in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        stack += [parent for parent, _ in node.next_functions]
+    return found

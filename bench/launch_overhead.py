@@ -99,24 +99,10 @@ def _passes(name: str, call: _cases.Call, functions: tuple[str, ...], rounds: in
     if call.differentiable:
         outputs = call.forward()
         inputs = [torch.empty_like(out) for out in outputs]
-        leaves = _leaves(outputs)
+        leaves = _cases.leaves(outputs)
         run = lambda: torch.autograd.grad(outputs, leaves, inputs, retain_graph=True)  # noqa: E731
         backward = _recorded(functions[1], run)
         yield Overhead(f"{name} backward", _microseconds(backward, rounds), _microseconds(run, rounds), backward)
-
-
-def _leaves(outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """The tensors that gradients end in, found by following the outputs' graph."""
-    leaves, seen, stack = [], set(), [out.grad_fn for out in outputs]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        stack += [parent for parent, _ in node.next_functions]
-    return leaves
 
 
 def _recorded(function: str, run: Callable[[], object]) -> Callable[[], object]:

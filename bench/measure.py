@@ -1,12 +1,18 @@
-"""How everything here is timed: contestants in turn in one process, medians with their spread, peak extra memory."""
+"""How everything here is timed: contestants in turn in one process, medians with their spread, peak extra memory.
+
+On a GPU the host takes longer to launch a small op than the op takes. There what is short is recorded once as a CUDA
+graph, whose replay costs the host nothing, and events around it are what counts.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +20,10 @@ import torch
 
 #: Rewritten before each run on an accelerator, so that nothing is found in its last-level cache by luck.
 _FLUSH_BYTES = 256 << 20
+#: Seconds from which a run is long enough for the host to stay ahead of the device.
+_LONG = 5e-3
+#: Calls in one graph, at least: starting it takes about as long as a short kernel.
+_CALLS = 10
 
 
 class Seconds(NamedTuple):
@@ -35,10 +45,9 @@ def in_turn(
     """Time the contestants in turn, so that all of them see the same machine.
 
     Each round runs every contestant once. The first round is warm-up; then at least ``least`` rounds are counted, and
-    on up to ``most`` until ``seconds`` have passed.
+    on up to ``most`` until ``seconds`` have passed. On a GPU, within :func:`side_stream`, what is short is replayed.
     """
-    for run in contestants.values():
-        timed(run, device)
+    contestants = {name: _replayed_if_short(run, timed(run, device), device) for name, run in contestants.items()}
     runs: dict[str, list[float]] = {name: [] for name in contestants}
     start = time.perf_counter()
     for count in range(most):
@@ -56,18 +65,108 @@ def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of one run; on a GPU by events, with its last-level cache overwritten before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()  # also keeps it busy while the host launches
+    return _between_events(run, device)
+
+
+def _replayed_if_short(run: Callable[[], object], seconds: float, device: torch.device) -> Callable[[], object]:
+    on_side_stream = device.type == "cuda" and torch.cuda.current_stream() != torch.cuda.default_stream()
+    return (recorded(run, device) or run) if on_side_stream and seconds < _LONG else run
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Inside, work for a GPU goes to a stream of its own, on which it can be recorded.
+
+    A backward pass runs on the stream of its forward pass, so both belong inside.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def recorded(run: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """The replay of ``run`` as a CUDA graph; None where there is no GPU, or ``run`` waits for it, which no graph can.
+
+    To be called within :func:`side_stream`, after a run that compiled whatever there is to compile.
+    """
+    if device.type != "cuda":
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        torch.cuda.synchronize(device)
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+            run()
+    except Exception:  # of whatever kind: it cannot be recorded
+        torch.cuda.synchronize(device)
+        return None
+    return graph.replay
+
+
+class PerCall(NamedTuple):
+    """Seconds of one call, and how they were measured: "graph", "events" or, without a GPU, "clock"."""
+
+    seconds: Seconds
+    how: str
+
+
+def per_call(
+    calls: Sequence[Callable[[], object]],
+    device: torch.device,
+    *,
+    seconds: float = 0.4,
+    least: int = 5,
+    most: int = 200,
+) -> PerCall:
+    """Time calls that do the same on inputs of their own, one after the other: nobody's are in a cache.
+
+    At least ``least`` and at most ``most`` runs over all of the calls, until ``seconds`` have passed; a fifth of that
+    is warm-up.
+    """
+    for call in calls:
+        call()
+    alone = timed(calls[0], device)
+    repeats = max(1, -(-_CALLS // len(calls))) if alone < _LONG and device.type == "cuda" else 1
+    count = repeats * len(calls)
+
+    def every() -> None:
+        for call in itertools.chain.from_iterable(itertools.repeat(calls, repeats)):
+            call()
+
+    replay = recorded(every, device) if alone < _LONG else None
+    how = "clock" if device.type != "cuda" else "events" if replay is None else "graph"
+    runs: list[float] = []
+    start = time.perf_counter()
+    for limit in (seconds / 5, seconds) if seconds else (0.0,):
+        runs.clear()
+        while len(runs) < most and (len(runs) < least or time.perf_counter() - start < limit):
+            runs.append(_between_events(replay or every, device) / count)
+    return PerCall(Seconds(*_quantiles(runs)), how)
+
+
+def _between_events(run: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    torch.cuda.synchronize(device)
-    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()  # also keeps it busy while the host launches
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of a GPU's last-level cache; on a CPU none that anything here depends on."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 class FirstRun(NamedTuple):
@@ -110,6 +209,12 @@ def resident_bytes(field: str) -> int:
 def reset_peak_resident() -> None:
     """Start a new ``VmHWM``."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was asked of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def machine_line(device: torch.device) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ebft_kernels
-from ebft_kernels import available_impls
+from ebft_kernels import StridedLayout, available_impls
 from ebft_kernels.testing import attention_inputs, eager_attention, error_budget, feature_inputs, randn
 
 from . import floors
@@ -22,8 +22,9 @@ from .floors import Pairs, Work
 from .shapes import Geometry, ModelShape, visible_pairs
 
 Tensors = tuple[Tensor, ...]
-#: Name of the row with the time of a problem's unavoidable work, and of a contestant that the targets speak of.
-FLOOR, SDPA_PER_SAMPLE = "floor", "SDPA, dense mask, one row per sample"
+#: Name of the row with the time of a problem's unavoidable work, and of contestants that targets speak of.
+FLOOR = "floor"
+SDPA, SDPA_PER_SAMPLE, FLEX = "SDPA, dense mask", "SDPA, dense mask, one row per sample", "FlexAttention, packed"
 #: First word of the names of this library's contestants; the second is the implementation.
 OURS = "ebft"
 DIRECTIONS = ("forward", "backward", "forward+backward")
@@ -82,11 +83,9 @@ class Problem(NamedTuple):
         return self.work * (direction != "backward") + self.work_backward * (direction != "forward")
 
 
-def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Problem:
-    """One layer's strided attention."""
-    layout = geometry.layout().to(device)
-    mask, reference_mask = layout.dense_mask(), attention.reference_mask(layout)
-    scale = model.head_dim**-0.5
+def attention_contestants(layout: StridedLayout, dtype: torch.dtype) -> dict[str, Contestant]:
+    """Everyone who computes strided attention of q, k and v in packed order."""
+    device, mask, reference_mask = layout.device, layout.dense_mask(), attention.reference_mask(layout)
     on_cpu = device.type == "cpu"
     in_reference_order = {
         "prepare": lambda inputs: tuple(attention.to_reference_order(layout, x) for x in inputs),
@@ -108,16 +107,22 @@ def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         )
         for impl in _impls("strided_attention", device, dtype)
     }
-    contestants |= {
+    return contestants | {
         "eager, dense mask": Contestant(lambda q, k, v: attention.eager(q, k, v, mask)),
-        "SDPA, dense mask": Contestant(lambda q, k, v: attention.sdpa(q, k, v, mask)),
+        SDPA: Contestant(lambda q, k, v: attention.sdpa(q, k, v, mask)),
         SDPA_PER_SAMPLE: Contestant(lambda q, k, v: attention.sdpa(q, k, v, reference_mask), **in_reference_order),
-        "FlexAttention, packed": flex(attention.flex_packed_mask),
+        FLEX: flex(attention.flex_packed_mask),
         "FlexAttention, one row per sample": flex(attention.flex_reference_mask, **in_reference_order),
         "causal SDPA, prompt alone (no rollouts)": Contestant(
             lambda q, k, v: attention.sdpa_prompt(q, k, v, layout.length), exact=False
         ),
     }
+
+
+def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Problem:
+    """One layer's strided attention."""
+    layout = geometry.layout().to(device)
+    mask, scale = layout.dense_mask(), model.head_dim**-0.5
     pairs = visible_pairs(layout)
     work = pairs * model.heads * 4 * model.head_dim
     return Problem(
@@ -126,7 +131,7 @@ def attention_problem(model: ModelShape, geometry: Geometry, dtype: torch.dtype,
         inputs=attention_inputs(
             layout, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=dtype
         ),
-        contestants=contestants,
+        contestants=attention_contestants(layout, dtype),
         oracle=lambda inputs: (eager_attention(*inputs, mask, scale=scale),),
         eager=_attention_yardsticks(mask, scale),
         unit="FLOP",
@@ -161,7 +166,7 @@ def attention_step_problem(model: ModelShape, geometry: Geometry, dtype: torch.d
         for impl in _impls("strided_attention_step", device, dtype)
     }
     contestants["eager, dense mask"] = Contestant(lambda q, k, v: attention.eager(q, k, v, mask), differentiable=False)
-    contestants["SDPA, dense mask"] = Contestant(lambda q, k, v: attention.sdpa(q, k, v, mask), differentiable=False)
+    contestants[SDPA] = Contestant(lambda q, k, v: attention.sdpa(q, k, v, mask), differentiable=False)
     pairs = int(mask.sum())
     return Problem(
         op="strided_attention_step",

@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from ebft_kernels import StridedLayout
@@ -20,6 +21,10 @@ def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """PyTorch's fused attention with a dense bool mask."""
+    if (
+        q.device.type == "cuda"
+    ):  # none of the fused kernels there takes both a mask and fewer key heads than query heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -27,6 +32,13 @@ def sdpa_prompt(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
     """Causal attention over the prompt alone: no rollouts at all, so nothing can be faster."""
     q, k, v = (x[:, :, :length] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def sdpa_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of plain rows; on a GPU by the flash kernel, the yardstick of attention kernels."""
+    backends = [SDPBackend.FLASH_ATTENTION] if q.device.type == "cuda" else [SDPBackend.MATH]
+    with sdpa_kernel(backends):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @functools.cache
