@@ -1,6 +1,6 @@
 """What the tests of several ops share: where they run, compilation without graph breaks, time ratios in one process.
 
-conftest.py imports this to say where, before Triton may be imported: so what imports Triton is imported when it is used.
+conftest.py imports this to say where, before Triton may be imported: what imports Triton is imported when it is used.
 """
 
 from __future__ import annotations
