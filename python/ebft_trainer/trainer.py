@@ -6,6 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from transformers.trainer_utils import has_length, speed_metrics
 from ebft_kernels.integrations.transformers import check_length, evaluation_mode, facts
 
 from .calibration import BINS, calibration_error, calibration_sums
+from .card import model_card, write_card
 from .checkpoint import check_writable
 from .config import EBFTConfig
 from .evaluate import evaluation_metrics, evaluation_sums
 from .feature_maps import build_feature_map
-from .features import FeatureMap, FeatureNetwork
+from .features import FeatureMap, FeatureNetwork, has_adapters
 from .metrics import MetricSums
 from .monitor import CollapseWarning, gradient_norms
 from .precision import WeightsMoved, check_dtypes
@@ -250,6 +252,63 @@ class EBFTTrainer(RecoveringTrainer):
         # The step is skipped; transformers' running sum of losses is not to be NaN from here on.
         loss = result.loss.where(loss.isfinite(), 0.0)
         return (loss, {"step": result}) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; beside the weights stands a model card, unless this is a checkpoint's."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_world_process_zero() and not _internal_call:
+            write_card(output_dir or self.args.output_dir, self._card())
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md into ``args.output_dir``: objective, data, options, metrics. `push_to_hub` calls it.
+
+        Args:
+            language, license, tags, tasks, dataset_tags, dataset_args: lines of the card's head, if given.
+            model_name: default: the folder's name.
+            finetuned_from: default: what the model was loaded from.
+            dataset: what it was trained on.
+        """
+        head = {
+            "language": language,
+            "license": license,
+            "tags": tags,
+            "pipeline_tag": tasks,
+            "datasets": dataset_tags,
+            "dataset_args": dataset_args,
+        }
+        head = {name: value for name, value in head.items() if value}
+        if self.is_world_process_zero():
+            write_card(self.args.output_dir, self._card(model_name, finetuned_from, dataset, head))
+
+    def _card(
+        self,
+        name: str | None = None,
+        base: str | None = None,
+        dataset: str | list[str] | None = None,
+        head: dict[str, Any] | None = None,
+    ) -> str:
+        evaluations = [line for line in self.state.log_history if "eval_loss" in line]
+        return model_card(
+            name or Path(self.args.output_dir).resolve().name,
+            self.args,
+            base_model=base or getattr(self.model.config, "name_or_path", ""),
+            library="peft" if has_adapters(self.model) else "transformers",
+            datasets=[dataset] if isinstance(dataset, str) else dataset or (),
+            evaluations=evaluations if len(evaluations) < 2 else [evaluations[0], evaluations[-1]],
+            steps=self.state.global_step,
+            parameters=head,
+        )
 
     def _gradient_norms(self, model: nn.Module, result: EBFTStep, micro_batch: int) -> dict[str, Tensor]:
         """Of each term on the first micro-batch of a step that is logged, if asked for."""

@@ -36,6 +36,10 @@ def test_it_compares_both_methods_from_one_start_and_is_deterministic(run, tmp_p
         assert {"cross_entropy", "perplexity", "feature_matching_loss", "alignment_h1"} <= set(results[name])
         assert all(math.isfinite(value) for value in results[name].values())
         assert f"{results[name]['cross_entropy']:.4f}" in printed
+        assert len(results["continuations"][name]) == 3
+        for shown in results["continuations"][name]:
+            assert len(shown["written"]) == 2 and all(repr(text) in printed for text in shown["written"])
+            assert repr(shown["real"]) in printed and shown["prompt"]
     values = [results[name]["cross_entropy"] for name in ("base", "ebft", "cross_entropy")]
     assert len(set(values)) == 3
     seconds = results["seconds"]
