@@ -15,6 +15,8 @@ from ebft_kernels.integrations import trl as adapter
 from ebft_kernels.integrations.trl import patch_trl
 from ebft_kernels.testing import assert_within_budget
 
+from ..model_checks import assert_gradients_within_budget
+
 trl = pytest.importorskip("trl", reason="of the dev extra where Python is 3.11 or newer, as trl needs it to be")
 
 WORDS = [f"w{i}" for i in range(64)]
@@ -157,8 +159,7 @@ def test_log_probs_and_statistics(make, architecture, shifted):
         assert_within_budget(getattr(output, name)[counted], eager[name][counted], true[counted], name)
     assert torch.equal(output.is_top1, top & counted)
     assert output.loss.item() == pytest.approx(-truth["log_probs"][counted].mean().item(), rel=1e-5)
-    for name, true in truth_grads.items():
-        assert_within_budget(found[name], eager_grads[name], true, name)
+    assert_gradients_within_budget(found, eager_grads, truth_grads)
 
 
 @pytest.mark.parametrize(
