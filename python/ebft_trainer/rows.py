@@ -45,7 +45,8 @@ def tokenize(document: Document, tokenizer: Any, notes: Notes | None = None) -> 
     if document.tokens is not None:
         return _given_row(document, len(tokenizer))
     if document.messages is not None:
-        ids, mask = chat_tokens(document.messages, tokenizer, answer=document.answer, where=document.where, notes=notes)
+        beside = {"answer": document.answer, "tools": document.tools, "where": document.where}
+        ids, mask = chat_tokens(document.messages, tokenizer, **beside, notes=notes)
         return {"input_ids": torch.tensor(ids, dtype=torch.int32), "completion_mask": mask}
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if document.text is not None:

@@ -23,6 +23,8 @@ EXTENSIONS = tuple(
 HUB = "hub:"
 #: What rows of token ids may have beside ``input_ids``.
 ROW_COLUMNS = ("completion_mask", "attention_mask", "document_ids", "assistant_masks", "labels")
+#: Beside messages: JSON schemas of the functions that may be called.
+TOOLS = "tools"
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".7z")
@@ -40,6 +42,7 @@ class Document:
         prompt, completion: plain text.
         messages: ``[{"role": ..., "content": ...}, ...]``.
         answer: number of the message that the completion starts with; assistant turns from there on count.
+        tools: JSON schemas of the functions that the assistant may call.
         tokens: a row: ``input_ids`` and what else there is to say about them.
     """
 
@@ -51,6 +54,7 @@ class Document:
     completion: str | None = None
     messages: list[dict[str, Any]] | None = None
     answer: int = 0
+    tools: list[dict[str, Any]] | None = None
     tokens: dict[str, list[int]] | None = None
 
 
@@ -88,7 +92,7 @@ class Columns:
         ]
 
     def find(self, present: Iterable[str], where: str) -> dict[str, str]:
-        """The column of each part of the one kind of data that is there, and the masks of ``input_ids``.
+        """The column of each part of the one kind of data that is there, and what else is read beside it.
 
         Raises:
             ValueError: there is no kind, or half of one, or several.
@@ -102,7 +106,8 @@ class Columns:
             got = ", ".join(map(repr, present)) or "no field"
             hint = "; a column option says which to read" if len(found) > 1 else ""
             raise ValueError(f"data: expected an object with {self._expected()}, got {got} in {where}{hint}")
-        return found[0] | masks if of_tokens else found[0]
+        beside = masks if of_tokens else {TOOLS: TOOLS} if TOOLS in present and "text" not in found[0] else {}
+        return found[0] | beside
 
     def _expected(self) -> str:
         kinds = [" and ".join(map(repr, kind.values())) for kind in self._kinds()]
@@ -217,7 +222,7 @@ class Source:
                 # One thread: this may run in a forked worker of a data loader.
                 for batch in file.iter_batches(_BATCH, columns=list(columns.values()), use_threads=False):
                     for record in batch.to_pylist():
-                        yield _document(f"{path}, row {number}", record, columns)
+                        yield _document(f"{path}, row {number}", _without_fillings(record), columns)
                         number += 1
         except pyarrow.ArrowException as error:
             raise ValueError(f"data: cannot read {str(path)!r} as Parquet: {error}") from None
@@ -225,7 +230,10 @@ class Source:
     def _data_set(self, name: str, data_set: Any) -> Iterator[Document]:
         columns = self.columns.find(data_set.column_names, name)
         records = data_set.select_columns(list(columns.values())).with_format(None)
-        return (_document(f"{name}, row {number}", record, columns) for number, record in enumerate(records))
+        return (
+            _document(f"{name}, row {number}", _without_fillings(record), columns)
+            for number, record in enumerate(records)
+        )
 
 
 def read_documents(
@@ -389,11 +397,13 @@ def _document(where: str, record: Mapping[str, Any], columns: Mapping[str, str])
     parts = {part: record[column] for part, column in columns.items()}
     if "input_ids" in parts:
         return Document(where, tokens=_tokens(where, parts))
+    tools = parts.pop(TOOLS, None)
     if "messages" in parts:
-        return Document(where, messages=_messages(where, columns["messages"], parts["messages"]))
+        messages = _messages(where, columns["messages"], parts["messages"])
+        return Document(where, messages=messages, tools=_tools(where, tools))
     if "prompt" in parts and isinstance(parts["prompt"], list):
         prompt, completion = (_messages(where, columns[part], parts[part]) for part in ("prompt", "completion"))
-        return Document(where, messages=prompt + completion, answer=len(prompt))
+        return Document(where, messages=prompt + completion, answer=len(prompt), tools=_tools(where, tools))
     for part, value in parts.items():
         if not isinstance(value, str):
             raise ValueError(f"data: expected {columns[part]!r} as a string, got {type(value).__name__} in {where}")
@@ -424,28 +434,72 @@ def _tokens(where: str, parts: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def _messages(where: str, column: str, value: Any) -> list[dict[str, Any]]:
-    """The messages without the fields that are None, as a table fills in those that other rows have."""
+    """The messages without the fields that are None."""
     if not _is_list_of(value, dict) or not value:
         raise ValueError(f"data: expected {column!r} as a list of messages, got {type(value).__name__} in {where}")
-    messages = [
-        {name: _joined(field) if name == "content" else field for name, field in message.items() if field is not None}
-        for message in value
-    ]
+    messages = [{name: field for name, field in message.items() if field is not None} for message in value]
     for number, message in enumerate(messages):
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                got = type(message.get(name)).__name__
-                raise ValueError(f"data: expected {name!r} as a string in message {number}, got {got} in {where}")
-            _check_characters(where, f"{column}, message {number}", message[name])
+        here = f"in message {number}"
+        if "tool_calls" in message:
+            message["tool_calls"] = _functions(where, f"'tool_calls' {here}", message["tool_calls"])
+        if not message.get("tool_calls"):  # a table has an empty list where other rows have calls
+            message.pop("tool_calls", None)
+        if "content" in message or "tool_calls" not in message:
+            message["content"] = _content(where, here, message.get("content"))
+        if not isinstance(message.get("role"), str):
+            got = type(message.get("role")).__name__
+            raise ValueError(f"data: expected 'role' as a string {here}, got {got} in {where}")
+        _check_characters(where, f"{column}, message {number}", message.get("content", ""))
     return messages
 
 
-def _joined(content: Any) -> Any:
-    """The text of content that is given in parts, if all of them are text."""
-    parts = content if _is_list_of(content, dict) else []
-    if parts and all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
-        return "".join(part["text"] for part in parts)
-    return content
+def _content(where: str, here: str, content: Any) -> str:
+    """The text of content, which may be given in parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        got = "no part" if content == [] else type(content).__name__
+        raise ValueError(f"data: expected 'content' as a string {here}, got {got} in {where}")
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            got = f"one of type {part.get('type')!r}" if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"data: expected the parts of 'content' to be of type 'text' {here}, got {got} in {where}")
+    return "".join(part["text"] for part in content)
+
+
+def _tools(where: str, value: Any) -> list[dict[str, Any]] | None:
+    """The tools, which tables also have as JSON, since their schemas have different fields; None if there are none."""
+    if isinstance(value, str):
+        value = _parsed(f"{TOOLS!r}, {where}", value)
+    return None if value is None or value == [] else _functions(where, repr(TOOLS), value)
+
+
+def _functions(where: str, what: str, value: Any) -> list[dict[str, Any]]:
+    named = _is_list_of(value, dict) and all(
+        isinstance(function_of(x), dict) and isinstance(function_of(x).get("name"), str) for x in value
+    )
+    if not named:
+        raise ValueError(
+            f"data: expected {what} as a list of functions with a 'name' each, got {value!r:.100} in {where}"
+        )
+    _check_characters(where, what, json.dumps(value, ensure_ascii=False, default=str))
+    return value
+
+
+def function_of(described: Mapping[str, Any]) -> Any:
+    """What has the name of a tool or of a call: itself or its ``function``."""
+    return described.get("function", described)
+
+
+def _without_fillings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a table, its objects without the fields that are None: they have those of all other rows."""
+    return {name: _filled_only(field) for name, field in record.items()}
+
+
+def _filled_only(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled_only(field) for name, field in value.items() if field is not None}
+    return [_filled_only(item) for item in value] if isinstance(value, list) else value
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

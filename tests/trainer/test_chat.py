@@ -90,9 +90,8 @@ def test_a_template_whose_generation_prompt_is_not_what_replies_start_with_is_re
 
 def test_marks_that_mark_nothing_are_refused(said):
     with pytest.raises(ValueError, match="expected 2 stretches of text between the .* marks, .*, got 0 in here"):
-        said(
-            "{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ messages[0].content }}", CHAT, where="here"
-        )
+        marks = "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+        said(marks + "{% for m in messages %}{{ m.content }}{% endfor %}", CHAT, where="here")
 
 
 def test_marks_that_cannot_be_matched_with_messages_are_refused(said):

@@ -238,3 +238,154 @@ def test_a_tokenizer_without_offsets_is_refused_where_a_part_counts(kind):
     with pytest.raises(ValueError, match="data: expected a fast tokenizer, .* counts in here, got ByT5Tokenizer"):
         tokenize(document, tokenizer)
     assert len(tokenize(Document("here", text="abc"), tokenizer)["input_ids"]) == 4
+
+
+# Tools: not passed on, calls dropped, arguments quoted twice or as Python shows them, content that is null
+
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}}},
+    {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}},
+]
+CITY = {"city": 'K\u00f6ln "am Rhein"'}
+
+
+def with_call(arguments, content=None) -> list[dict]:
+    return [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": [{"type": "function", "function": {"name": "weather", "arguments": arguments}}],
+        },
+        {"role": "tool", "content": "sunny"},
+        {"role": "assistant", "content": "It is sunny."},
+    ]
+
+
+def tool_template(call: str) -> str:
+    return (
+        "{% if tools %}{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ CONTENT }}"
+        "{% for call in m.tool_calls or [] %}[{{ call.function.name }} CALL]{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    ).replace("CALL", call)
+
+
+TEMPLATES = {
+    "takes both": "{% set x = call.function.arguments %}{{ x if x is string else x | tojson }}",
+    "takes objects": "{{ call.function.arguments | tojson }}",
+    "takes JSON": "{{ '' + call.function.arguments }}",
+    "takes either, and writes JSON only": "{{ call.function.arguments }}",
+}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("content", ["{{ m.content }}", "{{ '' + m.content }}", "{{ m.content or '' }}"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_tools_and_calls_are_written_as_json_whatever_form_the_template_takes(tmp_path, template, content, kind):
+    tokenizer = with_template(TOKENIZERS["bytes"], tool_template(template).replace("{{ CONTENT }}", content))
+    texts = []
+    for arguments in (CITY, json.dumps(CITY, ensure_ascii=False)):
+        for tools in (TOOLS, json.dumps(TOOLS)):
+            record = {"messages": with_call(arguments), "tools": tools, "unread": 1}
+            row = tokenize(read(tmp_path, kind, [record])[0], tokenizer)
+            texts.append(tokenizer.decode(row["input_ids"]))
+            said = tokenizer.decode(row["input_ids"][row["completion_mask"]])
+            called = '{"city": "K\u00f6ln \\"am Rhein\\""}'
+            assert said == f"[weather {called}]</s>It is sunny.</s>"
+    assert len(set(texts)) == 1
+    assert texts[0].startswith("".join(json.dumps(tool) + "\n" for tool in TOOLS) + "<user>weather?</s><assistant>[")
+
+
+def read(folder, kind: str, records: list[dict]) -> list[Document]:
+    path = folder / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    else:
+        pytest.importorskip("datasets").Dataset.from_list(records).to_parquet(path)
+    return list(Source([path]))
+
+
+def test_fields_that_a_table_fills_in_are_not_there(tmp_path):
+    """Objects in a table have the fields of all others, with nothing in them."""
+    other = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+    chats = [with_call(CITY), [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [other]}], CHAT]
+    records = [
+        {"messages": messages, "tools": tools} for messages, tools in zip(chats, (TOOLS, TOOLS[1:], None), strict=True)
+    ]
+    documents = read(tmp_path, "parquet", records)
+    assert [document.tools for document in documents] == [TOOLS, TOOLS[1:], None]
+    assert [document.messages for document in documents] == [
+        [{name: value for name, value in message.items() if value is not None} for message in messages]
+        for messages in chats
+    ]
+
+
+def test_tools_beside_a_prompt_and_a_completion_of_messages(tmp_path):
+    messages = with_call(CITY)
+    tokenizer = with_template(
+        TOKENIZERS["bytes"], tool_template(TEMPLATES["takes both"]).replace("{{ CONTENT }}", "{{ m.content }}")
+    )
+    (pair,) = read(tmp_path, "jsonl", [{"prompt": messages[:3], "completion": messages[3:], "tools": TOOLS}])
+    row = tokenize(pair, tokenizer)
+    assert tokenizer.decode(row["input_ids"][row["completion_mask"]]) == "It is sunny.</s>"
+    assert row["input_ids"].tolist() == tokenizer.apply_chat_template(messages, tools=TOOLS)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "tools", "message"),
+    [
+        (PLAIN, CHAT, TOOLS, "expected a chat template that writes tools, got one that leaves out 'weather' of here"),
+        (PLAIN, with_call(CITY), None, "the chat template leaves out the call of 'weather' in message 1 in here"),
+        (
+            tool_template("{{ '{' ~ call.function.arguments ~ '}' }}").replace("{{ CONTENT }}", ""),
+            with_call(CITY)[1:2],
+            None,
+            "does not write the arguments of 'weather' in message 0 of here as JSON",
+        ),
+        (
+            PLAIN.replace("[{{ m", "{% if m.role != 'system' %}[{{ m").replace("\n", "\n{% endif %}"),
+            CHAT,
+            None,
+            "the chat template leaves out message 0, of the system, in here",
+        ),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", CHAT, None, "the chat template fails on here: "),
+        ("{{ messages[9].content.x }}", CHAT, None, "the chat template fails on here: "),
+    ],
+)
+def test_a_template_that_leaves_something_out_or_fails_is_refused(template, messages, tools, message):
+    messages = [{name: value for name, value in x.items() if value is not None} for x in messages]
+    with pytest.raises(ValueError, match=f"data: .*{message}"):
+        chat_tokens(messages, with_template(TOKENIZERS["bytes"], template), tools=tools, where="here")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"content": [{"type": "image", "url": "x"}]}, "to be of type 'text' in message 0, got one of type 'image' in"),
+        ({"content": [{"type": "text", "text": "a"}, "b"]}, "of type 'text' in message 0, got str in .*line 1"),
+        ({"content": []}, "expected 'content' as a string in message 0, got no part in .*line 1"),
+        ({"content": {"parts": []}}, "expected 'content' as a string .*, got dict in .*line 1"),
+        ({"content": None}, "expected 'content' as a string .*, got NoneType in .*line 1"),
+        ({"content": None, "tool_calls": []}, "expected 'content' as a string .*, got NoneType in .*line 1"),
+        (
+            {"tool_calls": "weather"},
+            "expected 'tool_calls' in message 0 as a list of functions with a 'name' each, got 'wea",
+        ),
+        (
+            {"tool_calls": [{"function": {"arguments": {}}}]},
+            "'tool_calls' in message 0 as a list of functions with a 'name'",
+        ),
+    ],
+)
+def test_content_that_is_no_text_is_refused_by_its_type(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, "jsonl", [{"messages": [{"role": "user", **fields}]}])
+
+
+@pytest.mark.parametrize("tools", ["[{", "{}", "weather", 3, [{"type": "function"}], [{"function": {"name": 1}}]])
+def test_tools_that_are_no_functions_are_refused(tmp_path, tools):
+    with pytest.raises(
+        ValueError, match=r"data: expected ('tools' as a list of functions with|JSON, got .*'tools', ).*line 1"
+    ):
+        read(tmp_path, "jsonl", [{"messages": CHAT, "tools": tools}])
