@@ -1,27 +1,40 @@
-"""A thin trainer for energy-based fine-tuning on top of `ebft_kernels` and transformers."""
+"""A thin trainer for energy-based fine-tuning on top of `ebft_kernels` and transformers.
 
-from . import _quiet  # noqa: F401 (before all that imports transformers.Trainer)
-from .config import EBFTConfig, EBFTOptions
-from .data import EBFTCollator
-from .feature_maps import TextEncoderFeatures
-from .features import FeatureMap, FeatureNetwork, StartingAdapters
-from .rollout import sample_rollouts
-from .step import EBFTStep, ebft_step
-from .trainer import EBFTTrainer
-from .verifiers import TextVerifier, Verifier
+What it offers is loaded when it is first asked for, so that `ebft-train --help` need not wait for transformers.
+"""
 
-__all__ = [
-    "EBFTCollator",
-    "EBFTConfig",
-    "EBFTOptions",
-    "EBFTStep",
-    "EBFTTrainer",
-    "FeatureMap",
-    "FeatureNetwork",
-    "StartingAdapters",
-    "TextEncoderFeatures",
-    "TextVerifier",
-    "Verifier",
-    "ebft_step",
-    "sample_rollouts",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ._quiet import keep_quiet
+
+_HOME = {
+    "EBFTCollator": "data",
+    "EBFTConfig": "config",
+    "EBFTOptions": "config",
+    "EBFTStep": "step",
+    "EBFTTrainer": "trainer",
+    "FeatureMap": "features",
+    "FeatureNetwork": "features",
+    "StartingAdapters": "features",
+    "TextEncoderFeatures": "feature_maps",
+    "TextVerifier": "verifiers",
+    "Verifier": "verifiers",
+    "ebft_step": "step",
+    "sample_rollouts": "rollout",
+}
+__all__ = [*_HOME]
+
+keep_quiet()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 
-# Loggers that warn while their package is imported: of what 4-bit layers on a CPU could use, of what DeepSpeed runs on.
-_AT_IMPORT = ("bitsandbytes.backends.cpu.ops", "DeepSpeed")
-
-
-def _is_serious(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.WARNING
+# Package -> its logger that warns during the import: of what 4-bit layers on a CPU could use, of what it runs on.
+_AT_IMPORT = {"bitsandbytes": "bitsandbytes.backends.cpu.ops", "deepspeed": "DeepSpeed"}
 
 
-@contextmanager
-def without_messages() -> Iterator[None]:
-    """No warnings of packages that are only imported."""
-    loggers = [logging.getLogger(name) for name in _AT_IMPORT]
-    for logger in loggers:
-        logger.addFilter(_is_serious)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(_is_serious)
+def _is_imported_now(package: str) -> bool:
+    # The mark that Python's own import statement goes by to wait for another thread's import.
+    return bool(getattr(getattr(sys.modules.get(package), "__spec__", None), "_initializing", False))
 
 
-with without_messages():
-    import transformers.trainer  # noqa: F401 (which imports them, here for the first time)
+def keep_quiet() -> None:
+    """From now on, no warnings of packages while they are imported; what they say later comes through."""
+    for package, name in _AT_IMPORT.items():
+        logging.getLogger(name).addFilter(
+            lambda record, package=package: record.levelno > logging.WARNING or not _is_imported_now(package)
+        )

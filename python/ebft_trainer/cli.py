@@ -1,4 +1,4 @@
-"""`ebft-train`: train, evaluate, report, plan, demo, info."""
+"""The commands of `ebft-train`: train, evaluate, report, plan, demo, info."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import argparse
 import atexit
 import importlib.metadata
 import logging
-import math
 import platform
 import sys
 import tempfile
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import MISSING, Field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 import ebft_kernels
 
 from . import demo
+from .__main__ import COMMANDS, version
+from .arguments import Parser, given, part_of, yaml_of
 from .checkpoint import (
     UNFINISHED,
     CheckpointError,
@@ -35,23 +35,31 @@ from .checkpoint import (
 )
 from .cli_data import (
     ROW_OPTIONS,
-    add_data_options,
-    add_training_data_options,
+    DataArguments,
+    TrainingDataArguments,
     check_training_data_options,
     rows_of,
     source_of,
     train_and_eval_rows,
 )
-from .cli_model import load_model, model_and_tokenizer, with_adapters
-from .config import EBFTConfig, EBFTOptions, checkpointing_field, device_arguments, options_of
+from .cli_model import AdapterArguments, ModelArguments, load_model, model_and_tokenizer, with_adapters
+from .config import (
+    OBJECTIVES,
+    EBFTConfig,
+    EBFTOptions,
+    checkpointing_field,
+    device_arguments,
+    option,
+    options_of,
+)
 from .corpus import stdlib_sources
 from .feature_maps import build_feature_map
 from .monitor import LOG_FILE, JsonlLog
-from .plan import PLAN_OPTIONS, add_plan_arguments, prepare_plan
-from .plots import table, write_json
+from .plan import PLAN_OPTIONS, PlanArguments, prepare_plan
+from .plots import table, write_file, write_json
 from .recovery import Stopped, stop_on_signals, what_is_left
 from .report import add_report_arguments, prepare_report
-from .results import MODEL_FOLDER, RESULT_FILE, RUN_FILE, read_json_object
+from .results import CONFIG_FILE, MODEL_FOLDER, RESULT_FILE, RUN_FILE, read_json_object
 from .run_folder import (
     FolderInUse,
     check_nothing_inside,
@@ -67,30 +75,30 @@ from .run_folder import (
 from .trainer import EBFTTrainer
 from .verifiers import TextVerifier, VerifierError
 
-# The training arguments that have an option of their own, and its type; everything else is for scripts.
-_TRAINING: dict[str, type] = {
-    "max_steps": int,
-    "num_train_epochs": float,
-    "per_device_train_batch_size": int,
-    "gradient_accumulation_steps": int,
-    "learning_rate": float,
-    "lr_scheduler_type": str,
-    "warmup_steps": int,
-    "weight_decay": float,
-    "max_grad_norm": float,
-    "seed": int,
-    "logging_steps": int,
-    "save_steps": int,
-    "save_total_limit": int,
-    "report_to": str,
-    "grad_norm_terms": bool,
-    "bf16": bool,
-    checkpointing_field(): bool,
-    "max_nonfinite_steps": int,
-    "kl_reference": str,
-    "shard_feature_network": bool,
+#: Training arguments that are no options of `train`, and why.
+_ELSEWHERE = {
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command says what is done"),
+    "resume_from_checkpoint": "--resume on the command line goes on from a run's last checkpoint",
+    "eval_on_start": "a run that has held-out rows starts with an evaluation",
+    "local_rank": "torchrun and accelerate say it",
+    "parallelism_config": "it is made in Python",
+    **dict.fromkeys(("config", "resume", "overwrite", "allow_changes"), "it belongs on the command line"),
 }
-_EVALUATION: dict[str, type] = {"per_device_eval_batch_size": int, "eval_rows": int, "eval_seed": int}
+#: Those that hold for one machine, or are secret: a run's configuration has the former only where they were given.
+_OF_THE_MACHINE = ("use_cpu", "dataloader_pin_memory", "disable_tqdm")
+_NOT_WRITTEN = ("hub_token", "gradient_checkpointing", "gradient_checkpointing_kwargs")
+#: Those that a run records, for one that resumes it.
+_RECORDED = frozenset(
+    "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate "
+    "lr_scheduler_type lr_scheduler_kwargs warmup_steps weight_decay max_grad_norm optim optim_args "
+    "optim_target_modules adam_beta1 adam_beta2 adam_epsilon average_tokens_across_devices seed data_seed "
+    "logging_steps save_steps save_total_limit report_to grad_norm_terms bf16 fp16 tf32 activation_checkpointing "
+    "gradient_checkpointing use_liger_kernel torch_compile train_sampling_strategy length_column_name "
+    "dataloader_drop_last full_determinism pad_to_multiple_of max_nonfinite_steps kl_reference "
+    "shard_feature_network".split()
+)
+_METHOD, _OTHERS = [x.name for x in fields(EBFTOptions)], "training and evaluation"
+_EVALUATION = ("per_device_eval_batch_size", "eval_rows", "eval_seed", "bf16")
 
 _NO_RESULT = {"eval_loss", "eval_runtime", "eval_samples_per_second"}
 
@@ -101,9 +109,21 @@ BAD_INPUT, BROKEN, STOPPED, INTERRUPTED = 2, 1, 75, 130
 Work = Callable[[], None]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"ebft-train: error: {message} (options: {self.prog} --help)\n")
+@dataclass(kw_only=True)
+class TrainArguments(AdapterArguments, TrainingDataArguments, ModelArguments):
+    """What `train` is told beside its `EBFTConfig`."""
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(DataArguments, ModelArguments):
+    """What `evaluate` is told beside the method's options."""
+
+    feature_model: str | None = option(
+        None,
+        "model whose features are compared; default: the one that --model was trained from, as its run recorded (it "
+        "is named before it is loaded), else --model itself",
+    )
+    output: str | None = option(None, "also write the numbers to this JSON file")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -155,12 +175,20 @@ def _leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="ebft-train", description="Energy-Based Fine-Tuning of causal language models.")
+def _parser() -> Parser:
+    parser = Parser(prog="ebft-train", description="Energy-Based Fine-Tuning of causal language models.")
+    parser.add_argument("--version", action="version", version=f"ebft-train {version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="fine-tune a model on text")
-    _add_inputs(train)
-    train.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the run; new or empty")
+
+    def command(name: str, prepare: Callable[[Any], Work], *dataclasses: type, **options: Any) -> Parser:
+        added = commands.add_parser(name, help=COMMANDS[name], dataclass_types=dataclasses, **options)
+        added.set_defaults(prepare=prepare)
+        return added
+
+    method = part_of(EBFTOptions, _METHOD, "the method")
+    others = part_of(EBFTConfig, {x.name for x in fields(EBFTConfig)} - {*_METHOD, *_ELSEWHERE}, _OTHERS)
+    train = command("train", prepare_train, TrainArguments, method, others, elsewhere=_ELSEWHERE)
+    train.call("output_dir", "--output", "DIR", "folder of the run; new or empty")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument(
         "--resume",
@@ -174,135 +202,62 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--allow-changes", action="store_true", help="resume also where data, options or model are not those of before"
     )
-    add_training_data_options(train)
-    train.add_argument(
-        "--eval-steps", type=int, metavar="N", help="also evaluate every N steps; default: start and end"
-    )
-    train.add_argument("--lora-rank", type=int, metavar="N", help="train LoRA adapters of this rank, not the weights")
-    train.add_argument("--lora-alpha", type=_finite, metavar="X", help="scale of the adapters; default: twice the rank")
-    _add_options(train, _TRAINING | _EVALUATION)
-    train.set_defaults(prepare=prepare_train)
-
-    evaluate = commands.add_parser("evaluate", help="measure a model on text")
-    _add_inputs(evaluate)
-    evaluate.add_argument(
-        "--feature-model",
-        metavar="DIR_OR_NAME",
-        help="model whose features are compared; default: the one that --model was trained from, as its run recorded "
-        "(it is named before it is loaded), else --model itself",
-    )
-    evaluate.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers to this JSON file")
-    _add_options(evaluate, _EVALUATION | {"bf16": bool})
-    evaluate.set_defaults(prepare=prepare_evaluate)
-
-    show = commands.add_parser("demo", help="fine-tune the shipped small model both ways and compare; minutes on a CPU")
+    command("evaluate", prepare_evaluate, EvaluateArguments, method, part_of(EBFTConfig, _EVALUATION, _OTHERS))
+    shape = part_of(EBFTOptions, PLAN_OPTIONS, "the method")
+    step = part_of(EBFTConfig, ("per_device_train_batch_size", checkpointing_field()), _OTHERS)
+    command("plan", prepare_plan, PlanArguments, shape, step)
+    show = command("demo", prepare_demo)
     show.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="(demo-output)")
     show.add_argument("--overwrite", action="store_true", help="replace the demo results that are in --output")
     show.add_argument("--seed", type=int, default=0, help="(0)")
     show.add_argument("--steps", type=int, default=demo.Settings.steps, help=f"optimizer steps ({demo.Settings.steps})")
-    show.set_defaults(prepare=prepare_demo)
-
-    report = commands.add_parser("report", help="runs side by side in one HTML page")
-    add_report_arguments(report)
-    report.set_defaults(prepare=prepare_report)
-
-    planning = commands.add_parser("plan", help="tokens, operations, memory and time of a step, from a model's config")
-    add_plan_arguments(planning)
-    _add_options(planning, {"per_device_train_batch_size": int, checkpointing_field(): bool}, PLAN_OPTIONS)
-    planning.set_defaults(prepare=prepare_plan)
-
-    info = commands.add_parser("info", help="versions, devices and implementations, and why")
+    add_report_arguments(command("report", prepare_report))
+    info = command("info", prepare_info)
     info.add_argument("--self-test", action="store_true", help="also check every op on this machine")
-    info.set_defaults(prepare=prepare_info)
     return parser
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="model folder or hub name")
-    add_data_options(parser)
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (float32)"
-    )
+def _config(arguments: argparse.Namespace, **others: Any) -> EBFTConfig:
+    try:
+        return EBFTConfig(**(device_arguments() | given(EBFTConfig, arguments) | others))
+    except (AttributeError, ImportError, KeyError, NotImplementedError, RuntimeError) as error:
+        # transformers' way to say that it cannot use a file, or lacks a package.
+        raise ValueError(f"options of transformers: expected some that it can use, got {error!r}") from None
 
 
-def _add_options(
-    parser: argparse.ArgumentParser, training: dict[str, type], method_options: Sequence[str] | None = None
-) -> None:
-    """Options for the method (None: all) and for training arguments, with the defaults and help of `EBFTConfig`."""
-    types = typing.get_type_hints(EBFTOptions)
-    config = {field.name: field for field in fields(EBFTConfig)}
-    method = parser.add_argument_group("the method")
-    for option in fields(EBFTOptions):
-        if method_options is None or option.name in method_options:
-            _add_option(method, option, types[option.name])
-    group = parser.add_argument_group("training and evaluation")
-    for name, kind in training.items():
-        _add_option(group, config[name], kind)
+def _resolved(options: TrainArguments, config: EBFTConfig, arguments: argparse.Namespace) -> bytes:
+    """`CONFIG_FILE`: every option of the run as it is used, for ``--config``."""
+    left_out = {*_ELSEWHERE, *_NOT_WRITTEN} | {x for x in _OF_THE_MACHINE if not hasattr(arguments, x)}
+    everything = {x.name: getattr(part, x.name) for part in (options, config) for x in fields(part) if x.init}
+    # Coefficients that are the objective's own follow it, also when the command line has another one.
+    everything |= {name: None for name, x in OBJECTIVES[config.objective].items() if everything[name] == x}
+    return yaml_of({name: value for name, value in everything.items() if name not in left_out})
 
 
-def _add_option(group: argparse._ArgumentGroup, option: Field[Any], kind: Any) -> None:
-    if type(None) in typing.get_args(kind):
-        kind = typing.get_args(kind)[0]
-    default = option.default if option.default_factory is MISSING else option.default_factory()
-    flag = "--" + option.name.replace("_", "-")
-    shown = " ".join(map(str, default)) if isinstance(default, list) else getattr(default, "value", default)
-    text = option.metadata["help"].split(". ")[0].rstrip(".").replace("%", "%%")
-    if default is not None:
-        text += f" ({shown})"
-    # SUPPRESS: only what was given reaches EBFTConfig, which is the one owner of defaults.
-    common: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS, "help": text}
-    if kind is bool:
-        group.add_argument(flag, action="store_true", **common)
-    elif kind is float:
-        group.add_argument(flag, type=_finite, metavar="X", **common)
-    elif kind == list[float]:
-        group.add_argument(flag, type=_layer, nargs="+", metavar="X", **common)
-    elif kind == list[int]:
-        group.add_argument(flag, type=int, nargs="*", metavar="N", **common)
-    else:
-        choices = option.metadata.get("choices") if kind is str else None
-        metavar = None if choices else {int: "N", str: "NAME"}[kind]
-        group.add_argument(flag, type=kind, choices=choices, metavar=metavar, **common)
-
-
-def _layer(text: str) -> int | float:
-    return float(text) if "." in text else int(text)
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}")
-    return value
-
-
-def _config(arguments: argparse.Namespace, output: Path | str, **others: Any) -> EBFTConfig:
-    names = {option.name for option in fields(EBFTConfig)}
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    return EBFTConfig(output_dir=str(output), **device_arguments(), **(given | others))
-
-
-def prepare_train(arguments: argparse.Namespace) -> Work:
+def prepare_train(parsed: argparse.Namespace) -> Work:
     """Check options, output folder, data and model; the returned function trains."""
-    output, existing = arguments.output, {"resume": arguments.resume, "overwrite": arguments.overwrite}
+    arguments = TrainArguments(**given(TrainArguments, parsed))
+    output = Path(parsed.output_dir)
+    existing = {"resume": parsed.resume, "overwrite": parsed.overwrite}
     checkpoint = check_output(output, **existing)
-    if arguments.allow_changes and not arguments.resume:
+    if parsed.allow_changes and not parsed.resume:
         raise ValueError("allow_changes: expected --resume with it, got none")
     if checkpoint is None:
         inputs = {"--data": arguments.data, "--eval-data": arguments.eval_data or [], "--model": [arguments.model]}
         check_nothing_inside(output, inputs | {"--chat-template": [arguments.chat_template]})
-    evaluation = {} if arguments.eval_steps is None else {"eval_strategy": "steps", "eval_steps": arguments.eval_steps}
-    config = _config(arguments, output, **evaluation)
+    config = _config(parsed, **_evaluation_of(parsed))
     check_training_data_options(arguments, config)
     documents = source_of(arguments, arguments.data)
     documents = documents if arguments.stream else list(documents)
     held_out = list(source_of(arguments, arguments.eval_data)) if arguments.eval_data else None
     run = _run_record(arguments, config)
     if checkpoint is not None:
-        for difference in check_same_run(output, run, allowed=arguments.allow_changes):
+        for difference in check_same_run(output, run, allowed=parsed.allow_changes):
             print(f"ebft-train: warning: {difference}", file=sys.stderr)
         if config.local_process_index == 0:
             checkpoint = check_whole(checkpoint)
-    model, tokenizer = model_and_tokenizer(arguments)
+    settings = _resolved(arguments, config, parsed)
+    model, tokenizer = model_and_tokenizer(arguments, arguments.chat_template)
     if arguments.lora_rank is not None or arguments.lora_alpha is not None:
         model = with_adapters(model, arguments.lora_rank, arguments.lora_alpha)
     train_rows, eval_rows = train_and_eval_rows(arguments, config, tokenizer, documents, held_out)
@@ -324,6 +279,7 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
         with owned(output) if main else nullcontext(), stop_on_signals(trainer) as came:
             if main:
                 _begin(output, existing, checkpoint, run)
+                write_file(output / CONFIG_FILE, settings)
             trainer.accelerator.wait_for_everyone()
             try:
                 trainer.train(resume_from_checkpoint=checkpoint)
@@ -340,12 +296,22 @@ def prepare_train(arguments: argparse.Namespace) -> Work:
     return work
 
 
-def _run_record(arguments: argparse.Namespace, config: EBFTConfig) -> dict[str, Any]:
+def _evaluation_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``--eval-steps`` alone asks for evaluations. Raises ValueError for one beside another strategy."""
+    steps, strategy = getattr(arguments, "eval_steps", None), getattr(arguments, "eval_strategy", "no")
+    if steps is None:
+        return {}
+    if strategy not in ("no", "steps"):
+        raise ValueError(f"eval_steps: expected none with eval_strategy {strategy!r}, got {steps}")
+    return {"eval_strategy": "steps"}
+
+
+def _run_record(arguments: TrainArguments, config: EBFTConfig) -> dict[str, Any]:
     """What a run is started with: what it must agree in with one that it resumes, and versions."""
     contents = {}
-    for option, names in (("data", arguments.data), ("eval_data", arguments.eval_data or [])):
+    for part, names in (("data", arguments.data), ("eval_data", arguments.eval_data or [])):
         files = {name: source_of(arguments, [name]).files_of(name) for name in names}
-        contents[option] = {name: fingerprint(paths) for name, paths in files.items() if paths}
+        contents[part] = {name: fingerprint(paths) for name, paths in files.items() if paths}
     others = {"model": model_files(arguments.model), "chat_template": [Path(x) for x in [arguments.chat_template] if x]}
     return {
         "model": arguments.model,
@@ -353,7 +319,7 @@ def _run_record(arguments: argparse.Namespace, config: EBFTConfig) -> dict[str, 
         "contents": contents | {name: fingerprint(files) for name, files in others.items() if files},
         "options": vars(options_of(config)),
         "rows": {name: getattr(arguments, name) for name in (*ROW_OPTIONS, "dtype")},
-        "training": {name: value for name, value in config.to_dict().items() if name in _TRAINING},
+        "training": {name: value for name, value in config.to_dict().items() if name in _RECORDED},
         "seeds": {"seed": config.seed, "eval_seed": config.eval_seed},
         "lora": None if arguments.lora_rank is None else {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha},
         "processes": config.world_size,
@@ -401,15 +367,17 @@ def _try_verifier(trainer: EBFTTrainer, row: Any) -> None:
     trainer.verifier(batch["input_ids"], windows, layout, token_mask=batch.get("completion_mask"))
 
 
-def prepare_evaluate(arguments: argparse.Namespace) -> Work:
+def prepare_evaluate(parsed: argparse.Namespace) -> Work:
     """Check options, data and models; the returned function measures and prints."""
-    if arguments.output is not None and arguments.output.exists():
-        raise ValueError(f"output: expected a new file, got {str(arguments.output)!r}, which exists")
+    arguments = EvaluateArguments(**given(EvaluateArguments, parsed))
+    output = None if arguments.output is None else Path(arguments.output)
+    if output is not None and output.exists():
+        raise ValueError(f"output: expected a new file, got {str(output)!r}, which exists")
     recorded = None if arguments.feature_model else _recorded_model(Path(arguments.model))
     folder = tempfile.TemporaryDirectory()  # The trainer wants one; nothing is kept in it.
-    config = _config(arguments, folder.name, report_to="none")
+    config = _config(parsed, output_dir=folder.name, report_to="none")
     documents = list(source_of(arguments, arguments.data))
-    model, tokenizer = model_and_tokenizer(arguments)
+    model, tokenizer = model_and_tokenizer(arguments, arguments.chat_template)
     rows = rows_of(arguments, config, tokenizer, documents)
     source = arguments.feature_model or recorded or arguments.model
     feature_model = model if source == arguments.model else load_model(source, arguments.dtype)[0]
@@ -421,8 +389,8 @@ def prepare_evaluate(arguments: argparse.Namespace) -> Work:
             metrics = trainer.evaluate()
         print(f"{arguments.model} on {min(len(rows), config.eval_rows)} of {len(rows)} rows, features of {source}")
         print(_evaluation_table({"value": metrics}))
-        if arguments.output is not None:
-            write_json(arguments.output, {"model": arguments.model, "feature_model": source, **metrics})
+        if output is not None:
+            write_json(output, {"model": arguments.model, "feature_model": source, **metrics})
 
     return work
 

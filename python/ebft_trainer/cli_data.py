@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import MISSING, dataclass, fields, make_dataclass
 from typing import Any
 
-from .config import EBFTConfig, options_of
+from .config import EBFTConfig, option, options_of
 from .data import Row
 from .rows import SHUFFLE_BUFFER, RowStream, build_rows, split_in_two
 from .sources import Columns, Document, Source
@@ -23,46 +21,41 @@ ROW_OPTIONS = (
 )
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+_ColumnArguments = make_dataclass(
+    "_ColumnArguments",
+    [(f"{x}_column", str | None, option(None, f"field or column of the {x}; default: {x}")) for x in _COLUMNS],
+    kw_only=True,
+)
+
+
+@dataclass(kw_only=True)
+class DataArguments(_ColumnArguments):
     """What is read, and how long rows are."""
-    parser.add_argument(
-        "--data",
-        required=True,
-        nargs="+",
-        metavar="DATA",
-        help="text, .jsonl, .json, .csv, .parquet, folders of them, saved data sets, hub:NAME[,config=C][,split=S]",
+
+    data: list[str] = option(
+        MISSING, "text, .jsonl, .json, .csv, .parquet, folders of them, saved data sets, hub:NAME[,config=C][,split=S]"
     )
-    parser.add_argument(
-        "--extensions", nargs="+", metavar=".EXT", help="files to read in folders; default: text, code and data"
-    )
-    for name in _COLUMNS:
-        parser.add_argument(f"--{name}-column", metavar="NAME", help=f"field or column of the {name} ({name})")
-    parser.add_argument("--chat-template", metavar="FILE", help="for messages; default: the tokenizer's own")
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens per row (512)")
-    parser.add_argument("--pack", action="store_true", help="put several short documents in a row; none sees another")
+    extensions: list[str] | None = option(None, "files to read in folders; default: text, code and data")
+    chat_template: str | None = option(None, "file with a template for messages; default: the tokenizer's own")
+    length: int = option(512, "tokens per row")
+    pack: bool = option(False, "put several short documents in a row; none sees another")
 
 
-def add_training_data_options(parser: argparse.ArgumentParser) -> None:
+@dataclass(kw_only=True)
+class TrainingDataArguments(DataArguments):
     """How training data are read, and what is held out."""
-    parser.add_argument(
-        "--stream", action="store_true", help="read --data while training: for more than fits in memory"
+
+    stream: bool = option(False, "read --data while training: for more than fits in memory")
+    shuffle_buffer: int | None = option(
+        None, f"of a stream, rows in memory that the next is drawn from; default: {SHUFFLE_BUFFER}; 1: in order"
     )
-    parser.add_argument(
-        "--shuffle-buffer",
-        type=int,
-        metavar="N",
-        help=f"of a stream, rows in memory that the next is drawn from ({SHUFFLE_BUFFER}); 1: in order",
-    )
-    parser.add_argument("--eval-data", nargs="+", metavar="DATA", help="held-out data; default: a part of --data")
-    parser.add_argument(
-        "--eval-fraction",
-        type=float,
-        metavar="X",
-        help=f"held-out part of --data ({_EVAL_FRACTION}; of a stream none); 0: none",
+    eval_data: list[str] | None = option(None, "held-out data; default: a part of --data")
+    eval_fraction: float | None = option(
+        None, f"held-out part of --data; default: {_EVAL_FRACTION}, of a stream none; 0: none"
     )
 
 
-def check_training_data_options(arguments: argparse.Namespace, config: EBFTConfig) -> None:
+def check_training_data_options(arguments: TrainingDataArguments, config: EBFTConfig) -> None:
     """Fill in the defaults that depend on other options. Raises ValueError for options that exclude each other."""
     if arguments.stream and config.max_steps <= 0:
         raise ValueError("max_steps: expected --max-steps with --stream, which never ends, got none")
@@ -77,20 +70,13 @@ def check_training_data_options(arguments: argparse.Namespace, config: EBFTConfi
         arguments.shuffle_buffer = SHUFFLE_BUFFER
 
 
-def source_of(arguments: argparse.Namespace, names: Sequence[str]) -> Source:
+def source_of(arguments: DataArguments, names: Sequence[str]) -> Source:
     """The documents of ``names``, not yet read."""
     columns = Columns(**{name: getattr(arguments, f"{name}_column") for name in _COLUMNS})
     return Source(names, columns, arguments.extensions)
 
 
-def chat_template_of(arguments: argparse.Namespace) -> str | None:
-    """The text of the file that ``--chat-template`` names."""
-    return Path(arguments.chat_template).read_text(encoding="utf-8") if arguments.chat_template else None
-
-
-def rows_of(
-    arguments: argparse.Namespace, config: EBFTConfig, tokenizer: Any, documents: Iterable[Document]
-) -> list[Row]:
+def rows_of(arguments: DataArguments, config: EBFTConfig, tokenizer: Any, documents: Iterable[Document]) -> list[Row]:
     """All rows of the documents; prints how many had to be left out."""
     rows, left_out = build_rows(documents, tokenizer, config, length=arguments.length, pack=arguments.pack)
     if left_out:
@@ -99,7 +85,7 @@ def rows_of(
 
 
 def train_and_eval_rows(
-    arguments: argparse.Namespace,
+    arguments: TrainingDataArguments,
     config: EBFTConfig,
     tokenizer: Any,
     documents: Source | Sequence[Document],

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .cli_data import chat_template_of
+from .config import option
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """The model that is loaded."""
+
+    model: str = option(MISSING, "model folder or hub name")
+    dtype: str = option("float32", "of the weights", DTYPES)
+
+
+@dataclass(kw_only=True)
+class AdapterArguments:
+    """What of the model is trained."""
+
+    lora_rank: int | None = option(None, "train LoRA adapters of this rank, not the weights")
+    lora_alpha: float | None = option(None, "scale of the adapters; default: twice the rank")
 
 
 def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
@@ -33,9 +51,9 @@ def load_model(name: str, dtype: str = "float32") -> tuple[Any, Any]:
         raise ValueError(f"model: cannot load {name!r}: {error}") from None
 
 
-def model_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Of ``--model``, with the chat template that is asked for."""
-    template = chat_template_of(arguments)
+def model_and_tokenizer(arguments: ModelArguments, chat_template: str | None) -> tuple[Any, Any]:
+    """Of ``--model``, with the template that the file ``chat_template`` holds."""
+    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
     model, tokenizer = load_model(arguments.model, arguments.dtype)
     if template is not None:
         tokenizer.chat_template = template

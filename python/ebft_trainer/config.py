@@ -50,7 +50,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-def _option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     metadata = {"help": help} if choices is None else {"help": help, "choices": list(choices)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -68,62 +68,62 @@ class EBFTOptions:
         ValueError, TypeError: an option out of range, unknown or of another type; the message names it.
     """
 
-    objective: str = _option(
+    objective: str = option(
         "ebft",
         "what is trained where no coefficient says otherwise: ebft: feature matching; sft: cross-entropy on the real "
         "text; rlvr: a verifier's reward",
         list(OBJECTIVES),
     )
-    context: int = _option(8, "prompt tokens before the first anchor; at least 1")
-    stride: int = _option(8, "tokens from one anchor to the next")
-    horizon: int = _option(8, "tokens per rollout")
-    samples: int = _option(4, "rollouts per anchor")
-    temperature: float = _option(0.6, "sampling temperature, also of the scoring; 0: greedy, scored at 1")
-    top_p: float = _option(1.0, "sample from the smallest set of tokens with at least this probability")
-    top_k: int = _option(0, "sample from this many most likely tokens; 0: all")
-    eos_token_ids: list[int] | None = _option(
+    context: int = option(8, "prompt tokens before the first anchor; at least 1")
+    stride: int = option(8, "tokens from one anchor to the next")
+    horizon: int = option(8, "tokens per rollout")
+    samples: int = option(4, "rollouts per anchor")
+    temperature: float = option(0.6, "sampling temperature, also of the scoring; 0: greedy, scored at 1")
+    top_p: float = option(1.0, "sample from the smallest set of tokens with at least this probability")
+    top_k: int = option(0, "sample from this many most likely tokens; 0: all")
+    eos_token_ids: list[int] | None = option(
         None,
         "tokens that end a rollout; default: the model's own and the tokenizer's; an empty list: rollouts never end",
     )
-    vocabulary: int | None = _option(
+    vocabulary: int | None = option(
         None,
         "sample and score token ids below this only; default: those of the tokenizer where there is one, else all that "
         "the model's head has rows for",
     )
-    feature_map: str | None = _option(
+    feature_map: str | None = option(
         None,
         "module:factory of the features to compare in, called with model, tokenizer and options; default: hidden "
         "states of the frozen model",
     )
-    feature_layers: list[float] = _option(
+    feature_layers: list[float] = option(
         [0.25, 0.5, 0.75], "layers whose hidden states are features: depths (0.25, 1.0) or layer numbers (1, 2)"
     )
-    pooling: str = _option("last_token", "how the tokens of a window become one feature", POOLINGS)
-    normalize: str = _option("joint", "L2 norm 1 of all layers together, of each layer, or not", NORMALIZATIONS)
-    whitening: str = _option(
+    pooling: str = option("last_token", "how the tokens of a window become one feature", POOLINGS)
+    normalize: str = option("joint", "L2 norm 1 of all layers together, of each layer, or not", NORMALIZATIONS)
+    whitening: str = option(
         "sample", "whitening of an anchor's rollouts: sample as the authors' code, feature as the paper", WHITENINGS
     )
-    alignment_coef: float = _option(1.0, "weight of the alignment with the real text in the reward")
-    diversity_coef: float = _option(1.0, "weight of the penalty for rollouts that resemble each other")
-    verifier: str | None = _option(
+    alignment_coef: float = option(1.0, "weight of the alignment with the real text in the reward")
+    diversity_coef: float = option(1.0, "weight of the penalty for rollouts that resemble each other")
+    verifier: str | None = option(
         None,
         "reward of a rollout: exact_match, parses_as_python, char_f_score, or module:function of three texts (prompt, "
         "completion, target)",
     )
-    rl_coef: float | None = _option(None, "weight of the feature-matching policy loss; default: 1 for ebft, else 0")
-    verifier_coef: float | None = _option(None, "weight of the verifier's policy loss; default: 1 for rlvr, else 0")
-    ce_coef: float | None = _option(
+    rl_coef: float | None = option(None, "weight of the feature-matching policy loss; default: 1 for ebft, else 0")
+    verifier_coef: float | None = option(None, "weight of the verifier's policy loss; default: 1 for rlvr, else 0")
+    ce_coef: float | None = option(
         None, "weight of the plain cross-entropy on the real text; default: 1 for sft, else 0"
     )
-    estimator: str = _option("rloo", "how a reward becomes an advantage", ESTIMATORS)
-    kl_coef: float = _option(0.0, "weight of the KL divergence of the policy from the frozen model; 0: not computed")
-    kl_estimator: str = _option(
+    estimator: str = option("rloo", "how a reward becomes an advantage", ESTIMATORS)
+    kl_coef: float = option(0.0, "weight of the KL divergence of the policy from the frozen model; 0: not computed")
+    kl_estimator: str = option(
         "k2",
         "k1: gradient of the divergence of whole rollouts; k2: of each next token's; k3: of each next token's in the "
         "other direction, KL(frozen model || policy)",
         KL_ESTIMATORS,
     )
-    entropy_coef: float = _option(0.0, "weight of the rollouts' entropy, which is rewarded")
+    entropy_coef: float = option(0.0, "weight of the rollouts' entropy, which is rewarded")
 
     def __post_init__(self) -> None:
         for name, value in OBJECTIVES.get(self.objective, {}).items():
@@ -226,24 +226,24 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
             computes between sampling and scoring, or that this trainer's loss cannot honour.
     """
 
-    learning_rate: float = _option(1e-6, "initial learning rate; the authors' default for models of 1B parameters")
-    remove_unused_columns: bool = _option(False, "must stay False: the trainer reads columns that no model knows")
-    logging_steps: float = _option(10, "log every so many optimizer steps")
-    logging_nan_inf_filter: bool = _option(False, "log an average of earlier losses in place of NaN")
-    eval_rows: int = _option(64, "evaluate on this many rows, chosen once with eval_seed")
-    grad_norm_terms: bool = _option(
+    learning_rate: float = option(1e-6, "initial learning rate; the authors' default for models of 1B parameters")
+    remove_unused_columns: bool = option(False, "must stay False: the trainer reads columns that no model knows")
+    logging_steps: float = option(10, "log every so many optimizer steps")
+    logging_nan_inf_filter: bool = option(False, "log an average of earlier losses in place of NaN")
+    eval_rows: int = option(64, "evaluate on this many rows, chosen once with eval_seed")
+    grad_norm_terms: bool = option(
         False, "log the gradient norm of each term of the loss; one more backward pass per term, for logged steps only"
     )
-    kl_reference: str = _option(
+    kl_reference: str = option(
         "start",
         "frozen model of kl_coef: start: the model as it was given, adapters that were trained before included; base: "
         "a PEFT model without its adapters",
         KL_REFERENCES,
     )
-    eval_seed: int = _option(0, "seed of the evaluation's rows and rollouts, apart from the training seed")
-    pad_to_multiple_of: int = _option(1, "round the length of a batch up to a multiple, so that few shapes occur")
-    shard_feature_network: bool = _option(False, "spread the frozen feature network over all ranks with FSDP2")
-    max_nonfinite_steps: int = _option(5, "stop after so many steps in a row without a finite loss and gradient")
+    eval_seed: int = option(0, "seed of the evaluation's rows and rollouts, apart from the training seed")
+    pad_to_multiple_of: int = option(1, "round the length of a batch up to a multiple, so that few shapes occur")
+    shard_feature_network: bool = option(False, "spread the frozen feature network over all ranks with FSDP2")
+    max_nonfinite_steps: int = option(5, "stop after so many steps in a row without a finite loss and gradient")
 
     def __post_init__(self) -> None:
         EBFTOptions.__post_init__(self)

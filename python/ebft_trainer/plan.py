@@ -7,7 +7,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ebft_kernels.integrations.transformers import decoder_layers
 
-from .config import EBFTConfig, EBFTOptions, checkpointing_field
+from .arguments import given
+from .cli_model import DTYPES
+from .config import EBFTConfig, EBFTOptions, checkpointing_field, option
 from .costs import FORMULAS, Cost, phase_costs, seconds
 from .dry_run import GRADIENTS, OBJECTIVES, OPTIMIZER, PARTS, WEIGHTS, DryRun, Job, Phase, dry_run
 from .features import FeatureNetwork
@@ -296,37 +298,36 @@ def assumptions(setup: Setup) -> list[str]:
     return out
 
 
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that only the plan has."""
-    parser.add_argument("--model", required=True, metavar="CONFIG", help="model folder, config.json or cached hub name")
-    parser.add_argument("--length", type=int, default=512, metavar="N", help="tokens per row (512)")
-    parser.add_argument("--gpu", choices=(*GPUS, "cpu"), default="h100", help="data sheet to go by (h100)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many, with a batch each (1)")
-    parser.add_argument("--fsdp", action="store_true", help="divide weights, gradients and optimizer states (FSDP2)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights (float32)"
-    )
-    parser.add_argument("--lora-rank", type=int, default=0, metavar="N", help="adapters on all linear layers; 0: none")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="of RLVR's rows; default: half of --length")
-    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+@dataclass(kw_only=True)
+class PlanArguments:
+    """What only the plan is told."""
+
+    model: str = option(MISSING, "model folder, config.json or cached hub name")
+    length: int = option(512, "tokens per row")
+    gpu: str = option("h100", "data sheet to go by", (*GPUS, "cpu"))
+    gpus: int = option(1, "how many, with a batch each")
+    fsdp: bool = option(False, "divide weights, gradients and optimizer states (FSDP2)")
+    dtype: str = option("float32", "of the weights", DTYPES)
+    lora_rank: int = option(0, "adapters on all linear layers; 0: none")
+    prompt_tokens: int | None = option(None, "of RLVR's rows; default: half of --length")
+    json: bool = option(False, "print everything as JSON")
 
 
-def prepare_plan(arguments: argparse.Namespace) -> Callable[[], None]:
+def prepare_plan(parsed: argparse.Namespace) -> Callable[[], None]:
     """Check options and config; the returned function computes and prints."""
-    given = {name: value for name, value in vars(arguments).items() if name in {x.name for x in fields(EBFTOptions)}}
-    defaults = {option.name: option.default for option in fields(EBFTConfig)}
-    options = EBFTOptions(**given)
+    arguments = PlanArguments(**given(PlanArguments, parsed))
+    defaults = {x.name: x.default for x in fields(EBFTConfig)}
     setup = Setup(
         config=read_config(arguments.model),
-        options=options,
+        options=EBFTOptions(**given(EBFTOptions, parsed)),
         dtype=getattr(torch, arguments.dtype),
-        batch=getattr(arguments, "per_device_train_batch_size", defaults["per_device_train_batch_size"]),
+        batch=getattr(parsed, "per_device_train_batch_size", defaults["per_device_train_batch_size"]),
         length=arguments.length,
         prompt_tokens=arguments.length // 2 if arguments.prompt_tokens is None else arguments.prompt_tokens,
         device=device(arguments.gpu),
         count=arguments.gpus,
         sharded=arguments.fsdp,
-        checkpointing=getattr(arguments, checkpointing_field(), False),
+        checkpointing=bool(getattr(parsed, checkpointing_field(), False)),
         lora_rank=arguments.lora_rank,
     )
     setup.job("ebft").layout()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-RUN_FILE, RESULT_FILE, MODEL_FOLDER = "ebft.json", "results.json", "model"
+RUN_FILE, CONFIG_FILE, RESULT_FILE, MODEL_FOLDER = "ebft.json", "config.yaml", "results.json", "model"
 
 
 def seconds_per_step(history: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .checkpoint import UNFINISHED, CheckpointError
 from .monitor import LOG_FILE
-from .results import MODEL_FOLDER, RESULT_FILE, RUN_FILE, flat, read_json_object
+from .results import CONFIG_FILE, MODEL_FOLDER, RESULT_FILE, RUN_FILE, flat, read_json_object
 
 try:
     import fcntl
@@ -35,7 +35,9 @@ SIGN_OF_LIFE, DEAD_AFTER = 10.0, 60.0
 WHOLE, BLOCK = 2**30, 2**20
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
-_WRITTEN = re.compile(rf"({RUN_FILE}|{RESULT_FILE}|{LOG_FILE}|{MODEL_FOLDER})(\.tmp)?|checkpoint-\d+|{UNFINISHED}")
+_WRITTEN = re.compile(
+    rf"({RUN_FILE}|{CONFIG_FILE}|{RESULT_FILE}|{LOG_FILE}|{MODEL_FOLDER})(\.tmp)?|checkpoint-\d+|{UNFINISHED}"
+)
 
 #: Training arguments in which a run may differ from the one that it resumes: how long, and what is told of it.
 MAY_CHANGE = frozenset(

@@ -13,7 +13,6 @@ from transformers.trainer_utils import has_length
 
 from ebft_kernels.integrations.transformers import check_model, check_train_mode, facts, output_head, router_losses
 
-from ._quiet import without_messages
 from .config import EBFTConfig
 from .data import EBFTCollator, rows_without_anchor
 from .features import FeatureNetwork, StartingAdapters, check_adapters, check_base_is_frozen, has_adapters
@@ -55,8 +54,7 @@ def checked_model(model: nn.Module, args: EBFTConfig, *, training: bool) -> nn.M
 
 def _without_autocast(model: nn.Module) -> nn.Module:
     """accelerate leaves it behind, and it would round the logits that are compared."""
-    with without_messages():
-        return extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def checked_collator(collator: Any, model: nn.Module, tokenizer: Any, args: EBFTConfig, vocabulary: int | None) -> Any:

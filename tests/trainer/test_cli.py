@@ -69,6 +69,7 @@ def test_train_resume_and_evaluate(train, model_folder, text, tmp_path, capsys):
     assert sorted(path.name for path in output.iterdir()) == [
         "checkpoint-2",
         "checkpoint-4",
+        "config.yaml",
         "ebft.json",
         "log.jsonl",
         "model",
@@ -253,7 +254,7 @@ def test_resume_auto_starts_resumes_and_starts_anew(train, tmp_path, monkeypatch
         train("--resume", "auto")
     assert ended.value.code == 1 and capsys.readouterr().err.endswith("ebft-train: error: no more\n")
     (run / "log.jsonl").write_text("the log of the start that failed")
-    assert sorted(path.name for path in run.iterdir()) == ["ebft.json", "log.jsonl"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "ebft.json", "log.jsonl"]
     train("--resume", "auto", "--max-steps", "2")
     assert "before" in json.loads((run / "results.json").read_text())
     train("--resume", "auto")

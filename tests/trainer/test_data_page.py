@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ebft_trainer import cli
-from ebft_trainer.cli_data import add_data_options, add_training_data_options
+from ebft_trainer.arguments import Parser
+from ebft_trainer.cli_data import TrainingDataArguments
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 
@@ -35,10 +35,8 @@ def test_command_lines_are_accepted():
 
 
 def test_every_option_about_data_is_named():
-    parser = argparse.ArgumentParser(add_help=False)
-    add_data_options(parser)
-    add_training_data_options(parser)
-    options = {flag for action in parser._actions for flag in action.option_strings}
+    parser = Parser([TrainingDataArguments])
+    options = {flag for action in parser.keys.values() for flag in action.option_strings}
     named = set(re.findall(r"--[a-z][a-z-]+", PAGE))
     assert options <= named
     assert named - options == {"--context", "--horizon", "--stride", "--max-steps", "--seed", "--model", "--output"}

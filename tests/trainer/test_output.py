@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import importlib
 import subprocess
 import sys
-
-from ebft_trainer._quiet import without_messages
 
 
 def test_the_command_prints_its_own_lines_only(model_folder, tmp_path):
@@ -29,10 +27,13 @@ def test_the_command_prints_its_own_lines_only(model_folder, tmp_path):
     assert not [line for line in done.stdout.splitlines() if "accelerator" in line or "WARNING" in line]
 
 
-def test_only_warnings_at_an_import_are_kept_back(caplog):
-    logger = logging.getLogger("DeepSpeed")
-    with without_messages():
-        logger.warning("what it found")
-        logger.error("what is broken")
-    logger.warning("later")
+def test_only_warnings_at_an_import_are_kept_back(tmp_path, monkeypatch, caplog):
+    lines = 'import logging\nlogger = logging.getLogger("DeepSpeed")\n'
+    lines += 'logger.warning("what it found")\nlogger.error("what is broken")\n'
+    (tmp_path / "deepspeed.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    importlib.import_module("ebft_trainer")
+    importlib.import_module("deepspeed").logger.warning("later")
+    del sys.modules["deepspeed"]
     assert caplog.messages == ["what is broken", "later"]
