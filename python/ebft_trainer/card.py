@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from .config import EBFTConfig, EBFTOptions
+from .config import NO_OPTIONS, OF_THE_MACHINE, EBFTConfig, EBFTOptions
 
 #: The terms of the loss, by the option that is their coefficient.
 _TERMS = {
@@ -29,7 +29,7 @@ _METRICS = {
     "verifier_reward": "verifier's reward",
 }
 # Where a run is, and how it is reported, which says nothing of the model.
-_LEFT_OUT = ("output_dir", "logging_dir", "run_name", "report_to", "local_rank")
+_LEFT_OUT = {"output_dir", "logging_dir", "run_name", "report_to", *NO_OPTIONS, *OF_THE_MACHINE}
 #: Which tells a card that was written here from any other.
 _TAG = "ebft-kernels"
 

@@ -44,7 +44,9 @@ from .cli_data import (
 )
 from .cli_model import AdapterArguments, ModelArguments, load_model, model_and_tokenizer, with_adapters
 from .config import (
+    NO_OPTIONS,
     OBJECTIVES,
+    OF_THE_MACHINE,
     EBFTConfig,
     EBFTOptions,
     checkpointing_field,
@@ -75,17 +77,10 @@ from .run_folder import (
 from .trainer import EBFTTrainer
 from .verifiers import TextVerifier, VerifierError
 
-#: Training arguments that are no options of `train`, and why.
-_ELSEWHERE = {
-    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command says what is done"),
-    "resume_from_checkpoint": "--resume on the command line goes on from a run's last checkpoint",
-    "eval_on_start": "a run that has held-out rows starts with an evaluation",
-    "local_rank": "torchrun and accelerate say it",
-    "parallelism_config": "it is made in Python",
-    **dict.fromkeys(("config", "resume", "overwrite", "allow_changes"), "it belongs on the command line"),
-}
-#: Those that hold for one machine, or are secret: a run's configuration has the former only where they were given.
-_OF_THE_MACHINE = ("use_cpu", "dataloader_pin_memory", "disable_tqdm")
+_ELSEWHERE = NO_OPTIONS | dict.fromkeys(
+    ("config", "resume", "overwrite", "allow_changes"), "it belongs on the command line"
+)
+#: What a run's configuration has not: secrets and second names.
 _NOT_WRITTEN = ("hub_token", "gradient_checkpointing", "gradient_checkpointing_kwargs")
 #: Those that a run records, for one that resumes it.
 _RECORDED = frozenset(
@@ -227,7 +222,7 @@ def _config(arguments: argparse.Namespace, **others: Any) -> EBFTConfig:
 
 def _resolved(options: TrainArguments, config: EBFTConfig, arguments: argparse.Namespace) -> bytes:
     """`CONFIG_FILE`: every option of the run as it is used, for ``--config``."""
-    left_out = {*_ELSEWHERE, *_NOT_WRITTEN} | {x for x in _OF_THE_MACHINE if not hasattr(arguments, x)}
+    left_out = {*_ELSEWHERE, *_NOT_WRITTEN} | {x for x in OF_THE_MACHINE if not hasattr(arguments, x)}
     everything = {x.name: getattr(part, x.name) for part in (options, config) for x in fields(part) if x.init}
     # Coefficients that are the objective's own follow it, also when the command line has another one.
     everything |= {name: None for name, x in OBJECTIVES[config.objective].items() if everything[name] == x}

@@ -48,6 +48,16 @@ _WITHOUT_EFFECT = {
         _OWN_EVALUATION,
     ),
 }
+#: Training arguments that are no options of `ebft-train train`, and why.
+NO_OPTIONS = {
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command says what is done"),
+    "resume_from_checkpoint": "--resume on the command line goes on from a run's last checkpoint",
+    "eval_on_start": "a run that has held-out rows starts with an evaluation",
+    "local_rank": "torchrun and accelerate say it",
+    "parallelism_config": "it is made in Python",
+}
+#: Training arguments that hold for one machine.
+OF_THE_MACHINE = ("use_cpu", "dataloader_pin_memory", "disable_tqdm")
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 
 from ebft_trainer import __main__, cli
 from ebft_trainer.arguments import given
+from ebft_trainer.card import changed_options
 from ebft_trainer.config import EBFTConfig
 
 NEEDED = ["train", "--model", "m", "--data", "d", "e", "--output", "run"]
@@ -86,6 +87,13 @@ def test_what_is_written_down(tmp_path):
     file.write_bytes(resolved([*NEEDED, "--kl-coef", "0.1", "--verifier-coef", "2"])[2])
     config = resolved(["train", "--config", str(file), "--objective", "sft"])[1]
     assert (config.rl_coef, config.verifier_coef, config.ce_coef, config.kl_coef) == (0.0, 2.0, 1.0, 0.1)
+
+
+def test_the_options_in_a_model_card_are_read(tmp_path):
+    config = resolved([*NEEDED, "--eval-steps", "5", "--feature-layers", "1", "0.5", "--activation-checkpointing"])[1]
+    config.eval_on_start = True  # as `train` does
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(changed_options(config)))
+    assert changed_options(resolved([*NEEDED, "--config", str(tmp_path / "card.yaml")])[1]) == changed_options(config)
 
 
 def test_the_command_line_comes_before_the_file_wherever_it_stands(tmp_path):
