@@ -26,7 +26,8 @@ class Case(NamedTuple):
         inputs: makes its differentiable inputs, float32 on the CPU.
         run: calls one implementation with these inputs, in whatever dtype and on whatever device they are by then.
         eager: the same in plain PyTorch in the dtype of the inputs, in the ways that there are; where it is None, the
-            reference does everything in that dtype that a fast implementation does in it.
+            reference does everything in that dtype that a fast implementation does in it. That of log-probabilities
+            does not: its logits are float32.
         short: also run in 16-bit dtypes.
         sizes: for which an implementation may decline, as for :func:`ebft_kernels.select_impl`.
     """
@@ -159,7 +160,17 @@ def _log_probs_case(name: str, vocabulary: int, *, several: bool = False, **opti
         log_probs = logprob.linear_log_probs(*tensors.values(), number * 7919 % vocabulary, impl=impl, **given)
         return _with_gradients({"log-probabilities": log_probs}, tensors)
 
-    return Case("linear_log_probs", name, inputs, run)
+    def eager(tensors: dict[str, Tensor]) -> Results:
+        hidden, weight = tensors.values()
+        number = torch.arange(50, device=hidden.device)
+        logits = (hidden @ weight.T).float() * options.get("scale", 1.0)  # the product rounds, as it does everywhere
+        if softcap := options.get("softcap"):
+            logits = softcap * torch.tanh(logits / softcap)
+        log_probs = torch.log_softmax(logits / 0.6, -1)[number * number % 11 if several else number]
+        log_probs = log_probs.gather(1, (number * 7919 % vocabulary)[:, None])[:, 0]
+        return _with_gradients({"log-probabilities": log_probs}, tensors)
+
+    return Case("linear_log_probs", name, inputs, run, (eager,))
 
 
 def cases(*, large: bool) -> tuple[Case, ...]:
