@@ -3,7 +3,8 @@
 A row is a dict: ``input_ids`` [T], and if there is more to say ``completion_mask`` [T] (which tokens count),
 ``document_ids`` [T] (a document is a run of equal ids) or ``attention_mask`` [T] (0 for padding on either side). What
 counts may also be said as other trainers have it: by ``assistant_masks`` [T], or by ``labels`` [T], the token itself
-where it counts and -100 where it does not.
+where it counts and -100 where it does not; where documents start by ``position_ids`` [T] that start anew, or by
+``seq_lengths``, the number of tokens of each.
 """
 
 from __future__ import annotations
@@ -111,20 +112,24 @@ class EBFTCollator:
 def unpadded(row: Row) -> Row:
     """The row's columns as int64 tensors [T] without ``attention_mask`` and what it marks as padding, left or right.
 
-    What counts is in ``completion_mask``, whichever column said it; ``labels`` of which none is left out say nothing.
+    What counts is in ``completion_mask``, and which document a token is of in ``document_ids``, whichever column said
+    it; ``labels`` of which none is left out and positions of one document say nothing.
 
     Raises:
-        ValueError: a column with another number of tokens than ``input_ids``; padding between tokens; ``labels`` of
-            other tokens; two columns that differ in what counts.
+        ValueError: a column that is not of integers, or has another number of tokens than ``input_ids``; padding
+            between tokens; ``labels`` of other tokens; positions that do not count; two columns that differ in what
+            they say.
     """
     names = [name for name in ("input_ids", *ROW_COLUMNS) if name in row]
-    columns = {name: torch.as_tensor(row[name], dtype=torch.long) for name in names}
+    columns = {name: _integers(name, row[name]) for name in names}
     count = len(columns["input_ids"])
+    if "seq_lengths" in columns:
+        columns["seq_lengths"] = _numbers(columns["seq_lengths"], count)
     for name, column in columns.items():
         if column.ndim != 1 or len(column) != count:
             raise ValueError(f"{name}: expected {count} numbers as in input_ids, got shape {list(column.shape)}")
     if "attention_mask" not in columns:
-        return _with_one_mask(columns)
+        return _with_one_mask(_with_one_division(columns))
     attended = columns.pop("attention_mask").nonzero()[:, 0]
     first, last = (int(attended[0]), int(attended[-1])) if len(attended) else (0, -1)
     if last - first + 1 != len(attended):
@@ -132,7 +137,51 @@ def unpadded(row: Row) -> Row:
             "attention_mask: expected zeros (padding) only before or behind the tokens, "
             f"got {list(row['attention_mask'])}"
         )
-    return _with_one_mask({name: column[first : last + 1] for name, column in columns.items()})
+    return _with_one_mask(_with_one_division({name: column[first : last + 1] for name, column in columns.items()}))
+
+
+def _integers(name: str, values: Any) -> Tensor:
+    """As int64; what is no integer is not rounded."""
+    try:
+        column = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected integers, got {values!r:.100}: {error}") from None
+    if len(column.shape) == 0 or (column.numel() and (column.is_floating_point() or column.is_complex())):
+        raise ValueError(f"{name}: expected integers, got {values!r:.100}")
+    return column.long()
+
+
+def _numbers(lengths: Tensor, count: int) -> Tensor:
+    """[T], the number of the document that each token is of."""
+    if lengths.ndim != 1 or (lengths < 1).any() or int(lengths.sum()) != count:
+        raise ValueError(f"seq_lengths: expected lengths with the sum {count}, as in input_ids, got {lengths.tolist()}")
+    return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+
+def _with_one_division(columns: Row) -> Row:
+    """The columns of a row without padding, its documents in ``document_ids`` alone."""
+    said = {name: columns[name] for name in ("document_ids", "seq_lengths") if name in columns}
+    positions = columns.pop("position_ids", None)
+    if positions is not None:
+        starts = positions == 0
+        wrong = (~starts & (positions != torch.cat([positions.new_tensor([-1]), positions[:-1]]) + 1)).nonzero()[:, 0]
+        if len(wrong):
+            at = int(wrong[0])
+            raise ValueError(
+                "position_ids: expected 0, where a document starts, or one more than before, "
+                f"got {int(positions[at])} at token {at}"
+            )
+        said["position_ids"] = starts.cumsum(0) - 1
+    for (one, numbers), (other, same) in itertools.pairwise(said.items()):
+        changes = (numbers.diff() != 0) != (same.diff() != 0)
+        if changes.any():
+            at = 1 + int(changes.nonzero()[0, 0])
+            raise ValueError(f"{other}: expected the documents that {one} has, got another edge at token {at}")
+    columns.pop("seq_lengths", None)
+    if said and "document_ids" not in columns:
+        numbers = next(iter(said.values()))
+        return columns | {"document_ids": numbers} if (numbers.diff() != 0).any() else columns
+    return columns
 
 
 def _with_one_mask(columns: Row) -> Row:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 SHUFFLE_BUFFER = 1000
 
 _CHUNK = 64
+_CUT_OFF = "prompts with completions or conversations were longer than a row and are cut off"
 
 
 def tokenize(document: Document, tokenizer: Any, notes: Notes | None = None) -> Row:
@@ -48,17 +51,43 @@ def tokenize(document: Document, tokenizer: Any, notes: Notes | None = None) -> 
         beside = {"answer": document.answer, "tools": document.tools, "where": document.where}
         ids, mask = chat_tokens(document.messages, tokenizer, **beside, notes=notes)
         return {"input_ids": torch.tensor(ids, dtype=torch.int32), "completion_mask": mask}
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if document.text is not None:
-        ids = tokenizer(document.text, add_special_tokens=document.starts, verbose=False)["input_ids"]
-        ids = ids[:-1] if end and ids[-1:] == end else ids
-        return {"input_ids": torch.tensor(ids + end if document.ends else ids, dtype=torch.int32)}
+        ids = _text_ids(document.text, tokenizer, starts=document.starts)
+        first, last = _without_second_ends(ids, tokenizer)
+        first, last = (first if document.starts else 0), (last if document.starts or document.ends else len(ids))
+        return {"input_ids": torch.tensor(ids[first:last] + _end(tokenizer) * document.ends, dtype=torch.int32)}
     text = document.prompt + document.completion
     encoded = Encoded(text, tokenizer, special=True, where=document.where)
-    first, _ = encoded.tokens_of(len(document.prompt), len(text), notes)
-    ids = encoded.ids[:-1] if end and encoded.ids[-1:] == end else encoded.ids
-    ids = torch.tensor(ids + end, dtype=torch.int32)
-    return {"input_ids": ids, "completion_mask": torch.arange(len(ids)) >= first}
+    counted, _ = encoded.tokens_of(len(document.prompt), len(text), notes)
+    first, last = _without_second_ends(encoded.ids, tokenizer)
+    ids = torch.tensor(encoded.ids[first:last] + _end(tokenizer), dtype=torch.int32)
+    return {"input_ids": ids, "completion_mask": torch.arange(first, first + len(ids)) >= min(counted, last)}
+
+
+def _text_ids(text: str, tokenizer: Any, *, starts: bool) -> list[int]:
+    """Token ids of a text or, without ``starts``, of one that goes on from a line before it."""
+    if not starts:
+        # Behind a line, where a tokenizer puts no space before the first word; unless it joins the two.
+        line, whole = (tokenizer(x, add_special_tokens=False, verbose=False)["input_ids"] for x in ("\n", "\n" + text))
+        if whole[: len(line)] == line:
+            return whole[len(line) :]
+    return tokenizer(text, add_special_tokens=starts, verbose=False)["input_ids"]
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _without_second_ends(ids: list[int], tokenizer: Any) -> tuple[int, int]:
+    """Where ``ids`` start with one token of the start, and stop before those of the end.
+
+    A text may have them written in it, a tokenizer put them around it.
+    """
+    first = int(tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2)
+    last = len(ids)
+    while last > first and ids[last - 1 : last] == _end(tokenizer):
+        last -= 1
+    return first, last
 
 
 def _given_row(document: Document, vocabulary: int) -> Row:
@@ -73,16 +102,18 @@ def _given_row(document: Document, vocabulary: int) -> Row:
     return {name: column.to(dtypes.get(name, torch.int32)) for name, column in row.items()}
 
 
-def cut_rows(rows: Iterable[Row], length: int, *, pack: bool = False) -> Iterator[Row]:
+def cut_rows(rows: Iterable[Row], length: int, *, pack: bool = False, notes: Notes | None = None) -> Iterator[Row]:
     """Cut rows of any length to rows of at most ``length`` tokens.
 
     A row without ``completion_mask`` becomes as many as it needs; one with it (a completion needs its prompt) is cut
     off. With ``pack``, rows follow one another in rows of ``length`` tokens, divided by ``document_ids``: those
-    without a mask fill each to the end, those with one are not divided.
+    without a mask fill each to the end, those with one are not divided. ``notes`` counts the rows that are cut off.
     """
     packers = {is_masked: _Packer(length) for is_masked in (False, True)}
     for row in rows:
         is_masked = "completion_mask" in row
+        if notes is not None and is_masked and len(row["input_ids"]) > length:
+            notes[_CUT_OFF] += 1
         if pack:
             yield from packers[is_masked].add(row, whole=is_masked)
         else:
@@ -154,7 +185,9 @@ def build_rows(
     """
     _check_length(length, options)
     notes = Notes()
-    rows = list(cut_rows((tokenize(document, tokenizer, notes) for document in documents), length, pack=pack))
+    rows = list(
+        cut_rows((tokenize(document, tokenizer, notes) for document in documents), length, pack=pack, notes=notes)
+    )
     _log(notes)
     unusable = {i for i, _ in rows_without_anchor(rows, EBFTCollator(options))}
     if len(unusable) == len(rows):
@@ -228,7 +261,7 @@ class RowStream(IterableDataset):
     def _one_pass(self, worker: int, workers: int, notes: Notes) -> Iterator[Row]:
         documents = itertools.islice(self.documents, worker, None, workers)
         tokenized = (tokenize(document, self.tokenizer, notes) for document in documents)
-        rows = cut_rows(tokenized, self.length, pack=self.pack)
+        rows = cut_rows(tokenized, self.length, pack=self.pack, notes=notes)
         collator = EBFTCollator(self.options)
         while chunk := list(itertools.islice(rows, _CHUNK)):
             unusable = {i for i, _ in rows_without_anchor(chunk, collator)}
@@ -270,17 +303,37 @@ def _no_room(options: EBFTOptions, got: str) -> ValueError:
 def split_in_two(items: Sequence[Any], fraction: float, *, seed: int = 0) -> tuple[list[Any], list[Any]]:
     """The training and the held-out part of ``items``, each in the given order; the same for the same seed.
 
+    Documents or rows that are equal are in one part: held out, they would have been trained on.
+
     Raises:
-        ValueError: ``fraction`` is not between 0 and 1, or there are fewer than two items.
+        ValueError: ``fraction`` is not between 0 and 1, or there are fewer than two different items.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"eval_fraction: expected a number between 0 and 1, got {fraction}")
-    if len(items) < 2:
-        raise ValueError(f"eval_fraction: expected at least 2 rows or documents to divide, got {len(items)}")
+    equal: dict[bytes, list[int]] = {}
+    contents = [_content(item) for item in items]
+    for i, content in enumerate(contents):
+        equal.setdefault(content, []).append(i)
+    if len(equal) < 2:
+        got = f"{len(items)} equal ones" if len(items) > 1 else len(items)
+        raise ValueError(f"eval_fraction: expected at least 2 rows or documents to divide, got {got}")
     count = min(max(1, round(fraction * len(items))), len(items) - 1)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = set(order[:count])
+    held_out: set[int] = set()
+    for i in order:
+        alike = equal[contents[i]]
+        if i not in held_out and len(held_out) < count and len(held_out) + len(alike) < len(items):
+            held_out.update(alike)
     parts: tuple[list[Any], list[Any]] = ([], [])
     for i, item in enumerate(items):
         parts[i in held_out].append(item)
     return parts
+
+
+def _content(item: Any) -> bytes:
+    """What two items share that are equal but for where they are from."""
+    if isinstance(item, Document):
+        item = replace(item, where="")
+    elif isinstance(item, dict):
+        item = torch.as_tensor(item["input_ids"]).tolist()
+    return hashlib.sha256(repr(item).encode()).digest()

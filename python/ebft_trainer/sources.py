@@ -22,7 +22,10 @@ EXTENSIONS = tuple(
 )
 HUB = "hub:"
 #: What rows of token ids may have beside ``input_ids``.
-ROW_COLUMNS = ("completion_mask", "attention_mask", "document_ids", "assistant_masks", "labels")
+ROW_COLUMNS = (
+    *("completion_mask", "attention_mask", "document_ids", "assistant_masks", "labels"),
+    *("position_ids", "seq_lengths"),
+)
 #: Beside messages: JSON schemas of the functions that may be called.
 TOOLS = "tools"
 
@@ -332,6 +335,9 @@ def _text_pieces(path: Path) -> Iterator[str]:
                 text = decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 raise _not_utf8(error, start, path) from None
+            if "\0" in text:
+                at = start + len(text[: text.index("\0")].encode())
+                raise ValueError(f"data: expected text in UTF-8, got a zero byte at offset {at} of {str(path)!r}")
             text = text.removeprefix("\ufeff") if start == 0 else text
             if text:
                 yield text
@@ -354,12 +360,28 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 def _parsed(where: str, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except _NamedTwice as error:
+        raise ValueError(
+            f"data: expected different names in an object, got {error.args[0]!r} twice in {where}"
+        ) from None
     except json.JSONDecodeError as error:
         at = f"column {error.colno} of {where}" if error.lineno == 1 else f"line {error.lineno} of {where}"
         raise ValueError(f"data: expected JSON, got {error.msg} at {at}") from None
     except (RecursionError, ValueError):  # nested thousands of times; an integer of thousands of digits
         raise ValueError(f"data: expected JSON, got too deep nesting or too long a number in {where}") from None
+
+
+class _NamedTwice(Exception):
+    """Of two fields with this name the last would be read."""
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(fields)
+    if len(found) < len(fields):
+        names = [name for name, _ in fields]
+        raise _NamedTwice(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -379,6 +401,10 @@ def _table_records(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, 
     csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a document may be longer than the module expects
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        names = reader.fieldnames or ()
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"data: expected different names of columns, got {twice!r} twice in {path}, line 1")
         for record in reader:
             where = f"{path}, line {reader.line_num}"
             if None in record or None in record.values():
@@ -427,7 +453,10 @@ def _tokens(where: str, parts: Mapping[str, Any]) -> dict[str, list[int]]:
     present = {name: values for name, values in parts.items() if values is not None}
     for name, values in present.items():
         is_mask = name.endswith(("_mask", "_masks"))
-        if not _is_list_of(values, int) or len(values) != len(ids) or (is_mask and not set(values) <= {0, 1}):
+        if name == "seq_lengths":  # one for each document
+            if not _is_list_of(values, int):
+                raise ValueError(f"data: expected 'seq_lengths' with integers, in {where}")
+        elif not _is_list_of(values, int) or len(values) != len(ids) or (is_mask and not set(values) <= {0, 1}):
             kind = "entries, 0 or 1 each" if is_mask else "integers"
             raise ValueError(f"data: expected {name!r} with {len(ids)} {kind}, in {where}")
     return present

@@ -10,11 +10,13 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from ebft_trainer import sources
 from ebft_trainer.chat import chat_tokens
 from ebft_trainer.config import EBFTOptions
+from ebft_trainer.data import EBFTCollator, unpadded
 from ebft_trainer.encoding import Encoded, Notes
-from ebft_trainer.rows import RowStream, build_rows, tokenize
-from ebft_trainer.sources import Document, Source
+from ebft_trainer.rows import RowStream, build_rows, split_in_two, tokenize
+from ebft_trainer.sources import Document, Source, read_documents
 
 OPTIONS = EBFTOptions(context=2, stride=2, horizon=2, samples=2)
 
@@ -389,3 +391,214 @@ def test_tools_that_are_no_functions_are_refused(tmp_path, tools):
         ValueError, match=r"data: expected ('tools' as a list of functions with|JSON, got .*'tools', ).*line 1"
     ):
         read(tmp_path, "jsonl", [{"messages": CHAT, "tools": tools}])
+
+
+# Start and end of a text twice: written in it, and put around it by the tokenizer or the trainer
+
+
+def with_ends() -> PreTrainedTokenizerFast:
+    tokenizer = metaspace("first")
+    ends = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer._tokenizer.post_processor = ends
+    return tokenizer
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZERS["metaspace-first"], with_ends()], ids=["start", "start and end"])
+@pytest.mark.parametrize("text", ["the cat", "<s>the cat", "the cat</s>", "<s>the cat</s></s>"])
+def test_a_text_starts_and_ends_once(tokenizer, text):
+    bare = tokenizer(text.replace("<s>", "").replace("</s>", ""), add_special_tokens=False)["input_ids"]
+    found = tokenize(Document("", text=text), tokenizer)["input_ids"].tolist()
+    assert (found[0], found[-1]) == (1, 2) and found.count(1) == found.count(2) == 1
+    assert text.startswith("<s>") or found[1:-1] == bare
+    start, said = text[: text.index("cat")], text[text.index("cat") :]
+    row = tokenize(Document("", prompt=start, completion=said), tokenizer)
+    assert row["input_ids"].tolist() == found
+    assert tokenizer.decode(row["input_ids"][row["completion_mask"]]) == "cat</s>"
+
+
+def test_an_end_inside_a_text_stays():
+    tokenizer = with_ends()
+    row = tokenize(Document("", prompt="the</s>", completion="cat"), tokenizer)
+    assert row["input_ids"].tolist() == tokenizer("the</s>cat")["input_ids"]
+    assert tokenizer.decode(row["input_ids"][row["completion_mask"]]) == "cat</s>"
+
+
+def test_a_template_that_ends_a_turn_with_another_token_than_the_tokenizers_end_has_it_counted():
+    """And nothing behind it is added: the end of the turn is what the model must learn to write."""
+    tokenizer = of_bytes()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|turn|>\n{% endfor %}"
+    tokenizer = with_template(tokenizer, template + "{% if add_generation_prompt %}[assistant]{% endif %}")
+    ids, mask = chat_tokens(CHAT, tokenizer)
+    said = CHAT[2]["content"] + "<|turn|>\n" + CHAT[4]["content"] + "<|turn|>\n"
+    assert tokenizer.decode(torch.tensor(ids)[mask]) == said and tokenizer.eos_token_id not in ids
+
+
+# A large file in pieces: a space before each
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_pieces_of_a_text_have_the_tokens_of_the_whole(tmp_path, monkeypatch, name):
+    tokenizer = TOKENIZERS[name]
+    text = "the cat said\nhello to the dog\nbye, so long\n" * 9
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(sources, "_PIECE", 40)
+    documents = read_documents([tmp_path / "a.txt"])
+    assert len(documents) > 5
+    ids = torch.cat([tokenize(document, tokenizer)["input_ids"] for document in documents])
+    if name == "joined":  # Its tokens have ends of lines inside of them.
+        assert tokenizer.decode(ids[1:-1]).replace("\n ", "\n") == text
+    else:
+        assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+# Special tokens that somebody types in a message; rows that are cut off; both were silent
+
+
+def test_special_tokens_that_are_typed_and_rows_that_are_cut_off_are_reported(caplog):
+    tokenizer = with_template(TOKENIZERS["bytes"], PLAIN.replace("] ", "]\n"))
+    typed = [{"role": "user", "content": "hi</s>\n[assistant] yes"}, CHAT[2]]
+    pair = Document("", prompt="the cat", completion=" said hello" * 40)
+    documents = [Document("", messages=CHAT), Document("", messages=typed), pair]
+    build_rows(documents, tokenizer, OPTIONS, length=50)
+    assert {record.message for record in caplog.records} == {
+        "data: 1 messages say special tokens of the tokenizer, which are read as these tokens",
+        "data: 2 prompts with completions or conversations were longer than a row and are cut off",
+    }
+
+
+def test_a_row_whose_completion_was_cut_off_is_left_out():
+    """Nothing in it counts: a loss of nothing is no number, or 0."""
+    documents = [Document("", prompt="the cat " * 30, completion="said hello"), Document("", text="hello " * 30)]
+    rows, left_out = build_rows(documents, TOKENIZERS["bytes"], OPTIONS, length=20)
+    assert left_out >= 1 and all("completion_mask" not in row for row in rows)
+
+
+def test_truncation_and_padding_that_a_tokenizer_was_saved_with_do_nothing():
+    tokenizer = of_bytes()
+    tokenizer._tokenizer.enable_truncation(4)
+    tokenizer._tokenizer.enable_padding(length=64)
+    for document in (Document("", text="the cat said hello"), Document("", prompt="the cat", completion=" said hello")):
+        ids = tokenize(document, tokenizer)["input_ids"]
+        assert tokenizer.decode(ids) == "<s>the cat said hello</s>"
+
+
+# Rows that others have packed: without their documents, each would see the ones before it
+
+
+@pytest.mark.parametrize("columns", [{"seq_lengths": [5, 7]}, {"position_ids": [*range(5), *range(7)]}])
+def test_documents_of_rows_that_were_packed_elsewhere_do_not_see_each_other(tmp_path, columns):
+    row = {"input_ids": list(range(1, 13)), **columns}
+    expected = EBFTCollator(OPTIONS)([{"input_ids": row["input_ids"], "document_ids": [0] * 5 + [1] * 7}])
+    (document,) = read(tmp_path, "jsonl", [row])
+    for found in (row, document.tokens, tokenize(document, TOKENIZERS["bytes"])):
+        batch = EBFTCollator(OPTIONS)([found])
+        assert torch.equal(batch["document_ids"], expected["document_ids"])
+        assert torch.equal(batch["layout"].anchors, expected["layout"].anchors)
+    everything = {**row, "seq_lengths": [5, 7], "document_ids": [3] * 5 + [1] * 7}
+    assert unpadded(everything)["document_ids"].tolist() == [3] * 5 + [1] * 7
+    assert set(unpadded({"input_ids": [4, 5], "position_ids": [0, 1], "seq_lengths": [2]})) == {"input_ids"}
+    padded = {"input_ids": [0, 4, 5], "attention_mask": [0, 1, 1], "position_ids": [1, 0, 1]}
+    assert set(unpadded(padded)) == {"input_ids"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"seq_lengths": [2, 1]}, r"seq_lengths: expected lengths with the sum 4, as in input_ids, got \[2, 1\]"),
+        ({"seq_lengths": [4, 0]}, "seq_lengths: expected lengths with the sum 4"),
+        ({"position_ids": [0, 1, 3, 4]}, "position_ids: expected 0, .* or one more than before, got 3 at token 2"),
+        ({"position_ids": [1, 2, 3, 4]}, "position_ids: expected 0, .*, got 1 at token 0"),
+        ({"position_ids": [0, 1]}, "position_ids: expected 4 numbers as in input_ids"),
+        (
+            {"position_ids": [0, 1, 0, 1], "document_ids": [0, 1, 1, 1]},
+            "position_ids: expected the documents that document_ids has, got another edge at token 1",
+        ),
+        ({"completion_mask": [0.0, 0.5, 1.0, 1.0]}, r"completion_mask: expected integers, got \[0.0, 0.5"),
+        ({"labels": [None, 2, 3, 4]}, r"labels: expected integers, got \[None, 2"),
+        ({"document_ids": "aabb"}, "document_ids: expected integers, got 'aabb'"),
+        ({"document_ids": 3}, "document_ids: expected integers, got 3"),
+    ],
+)
+def test_columns_that_say_no_documents_or_no_integers_are_refused(columns, message):
+    with pytest.raises(ValueError, match=message):
+        unpadded({"input_ids": [1, 2, 3, 4], **columns})
+
+
+def test_token_ids_are_not_rounded():
+    """A column with something missing becomes one of floating point in many tables."""
+    with pytest.raises(ValueError, match=r"input_ids: expected integers, got \[1.0, 2.5\]"):
+        unpadded({"input_ids": [1.0, 2.5]})
+    assert unpadded({"input_ids": []})["input_ids"].tolist() == []
+
+
+# The same document trained on and held out
+
+
+def test_equal_documents_are_not_divided():
+    documents = [Document(f"line {i}", text=f"text {i // 4}") for i in range(40)]
+    pairs = [Document(f"row {i}", prompt=f"{i % 5}", completion="c") for i in range(20)]
+    rows = [{"input_ids": torch.tensor([i % 7, 1])} for i in range(21)]
+    for items, content in (
+        (documents, lambda x: x.text),
+        (pairs, lambda x: x.prompt),
+        (rows, lambda x: int(x["input_ids"][0])),
+    ):
+        for seed in range(5):
+            train, held_out = split_in_two(items, 0.2, seed=seed)
+            assert train and held_out and len(train) + len(held_out) == len(items)
+            assert not {content(x) for x in train} & {content(x) for x in held_out}
+    with pytest.raises(ValueError, match="eval_fraction: expected at least 2 rows or documents .*, got 3 equal ones"):
+        split_in_two(documents[:3], 0.5)
+
+
+# Files: two fields of one name, of which one is read; bytes that are no text; lines that end where none ends
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "a", "text": "b"}',
+            "expected different names in an object, got 'text' twice in .*line 1",
+        ),
+        (
+            "a.json",
+            b'[{"text": "a", "x": {"b": 1, "b": 2}}]',
+            "different names in an object, got 'b' twice in .*a.json",
+        ),
+        ("a.csv", b"text,text\na,b\n", "expected different names of columns, got 'text' twice in .*a.csv, line 1"),
+        ("a.txt", "ab\n".encode("utf-16-le"), "expected text in UTF-8, got a zero byte at offset 1 of '.*a.txt'"),
+        ("a.txt", "\u20ac".encode() * 30 + b"\0", "expected text in UTF-8, got a zero byte at offset 90 of"),
+        ("a.txt", "ab\n".encode("utf-16"), "expected UTF-8, got byte 0xff at offset 0 of"),
+        ("a.csv", b"text\na\0b\n", "expected text in UTF-8, got a zero byte at offset 6 of"),
+        ("a.jsonl", b'{"text": "a"}\0', "data: expected JSON, got Extra data at column 14"),
+    ],
+)
+def test_files_that_are_not_what_they_seem_are_refused(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr(sources, "_PIECE", 40)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"data: .*{message}" if not message.startswith("data") else message):
+        read_documents([tmp_path / name])
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lines_end_only_where_lines_end(tmp_path, ends, mark):
+    """Not at the other characters that some functions take for an end; a mark of the order of bytes is no text."""
+    texts = ["a\u2028b\u2029c\x85d\x0ce\x1cf", "null", "NA", "None", "1", " ", "\ufeffx"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text(mark + ends.join(lines), encoding="utf-8", newline="")
+    assert [document.text for document in read_documents([tmp_path / "a.jsonl"])] == texts
+    table = ["text", *(f'"{text}"' for text in texts)]
+    (tmp_path / "a.csv").write_text(mark + ends.join(table), encoding="utf-8", newline="")
+    assert [document.text for document in read_documents([tmp_path / "a.csv"])] == texts
+    (tmp_path / "a.txt").write_text(mark + texts[0] + ends, encoding="utf-8", newline="")
+    assert read_documents([tmp_path / "a.txt"])[0].text == texts[0] + ends
+
+
+def test_a_line_of_many_megabytes_is_one_document(tmp_path):
+    text = "word " * 2**20
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "b"}))
+    assert [document.text for document in read_documents([tmp_path / "a.jsonl"])] == [text, "b"]
