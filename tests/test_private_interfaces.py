@@ -62,6 +62,7 @@ TRANSFORMERS = [
         "python/ebft_trainer/trainer.py",
         ("model", "inputs", "return_outputs", "num_items_in_batch"),
     ),
+    Private("transformers.utils.chat_template_utils.render_jinja_template", "python/ebft_trainer/chat.py"),
 ]
 # Documented nowhere either; only where trl is, which needs Python 3.11.
 TRL = [Private("trl.trainer.utils.FusedCausalLMOutput", "ebft_kernels/integrations/trl.py")]

@@ -17,6 +17,8 @@ from .sources import function_of
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+_UNSAID = "messages have thoughts that the chat template leaves out"
 _SPECIAL = "messages say special tokens of the tokenizer, which are read as these tokens"
 
 Messages = list[dict[str, Any]]
@@ -70,6 +72,9 @@ def chat_tokens(
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     if injected := sum(any(x in message.get("content", "") for x in special) for message in messages):
         notes[_SPECIAL] += injected
+    thoughts = (message[name] for message in messages for name in _THOUGHTS if isinstance(message.get(name), str))
+    if unsaid := sum(thought.strip() not in text for thought in thoughts):
+        notes[_UNSAID] += unsaid
     encoded = Encoded(text, tokenizer, special=False, where=where)
     mask = torch.zeros(len(encoded.ids), dtype=torch.bool)
     for start, end in spans:

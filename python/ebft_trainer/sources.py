@@ -98,9 +98,10 @@ class Columns:
         """The column of each part of the one kind of data that is there, and what else is read beside it.
 
         Raises:
-            ValueError: there is no kind, or half of one, or several.
+            ValueError: there is no kind, or half of one, or several; two columns have one name.
         """
         present = list(present)
+        _check_names(present, where)
         found = [kind for kind in self._kinds() if set(kind.values()) & set(present)]
         whole = len(found) == 1 and set(found[0].values()) <= set(present)
         masks = {name: name for name in ROW_COLUMNS if name in present}
@@ -239,6 +240,13 @@ class Source:
         )
 
 
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Of two columns with one name the last would be read."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"data: expected different names of columns, got {twice!r} twice in {where}")
+
+
 def read_documents(
     names: Sequence[str | os.PathLike[str]], *, columns: Columns | None = None, extensions: Sequence[str] | None = None
 ) -> list[Document]:
@@ -256,11 +264,12 @@ def documents_of(
         TypeError: at a row that is no mapping.
     """
     columns = columns or Columns()
+    is_table = hasattr(rows, "column_names")
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise TypeError(f"data: expected a mapping of columns, got {type(row).__name__} in {where}, row {number}")
         place = f"{where}, row {number}"
-        yield _document(place, row, columns.find(row, place))
+        yield _document(place, _without_fillings(row) if is_table else row, columns.find(row, place))
 
 
 def _missing_datasets(name: str) -> ValueError:
@@ -401,10 +410,7 @@ def _table_records(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, 
     csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a document may be longer than the module expects
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names = reader.fieldnames or ()
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"data: expected different names of columns, got {twice!r} twice in {path}, line 1")
+        _check_names(reader.fieldnames or (), f"{path}, line 1")
         for record in reader:
             where = f"{path}, line {reader.line_num}"
             if None in record or None in record.values():
@@ -448,7 +454,11 @@ def _check_characters(where: str, column: str, text: str) -> None:
 
 def _tokens(where: str, parts: Mapping[str, Any]) -> dict[str, list[int]]:
     ids = parts["input_ids"]
-    if not _is_list_of(ids, int) or (ids and not 0 <= min(ids) <= max(ids) < 2**31):
+    if (
+        not _is_list_of(ids, int)
+        or any(isinstance(x, bool) for x in ids)
+        or (ids and not 0 <= min(ids) <= max(ids) < 2**31)
+    ):
         raise ValueError(f"data: expected 'input_ids' as a list of token ids in {where}")
     present = {name: values for name, values in parts.items() if values is not None}
     for name, values in present.items():

@@ -16,7 +16,7 @@ from ebft_trainer.config import EBFTOptions
 from ebft_trainer.data import EBFTCollator, unpadded
 from ebft_trainer.encoding import Encoded, Notes
 from ebft_trainer.rows import RowStream, build_rows, split_in_two, tokenize
-from ebft_trainer.sources import Document, Source, read_documents
+from ebft_trainer.sources import Document, Source, documents_of, read_documents
 
 OPTIONS = EBFTOptions(context=2, stride=2, horizon=2, samples=2)
 
@@ -317,10 +317,7 @@ def test_fields_that_a_table_fills_in_are_not_there(tmp_path):
     ]
     documents = read(tmp_path, "parquet", records)
     assert [document.tools for document in documents] == [TOOLS, TOOLS[1:], None]
-    assert [document.messages for document in documents] == [
-        [{name: value for name, value in message.items() if value is not None} for message in messages]
-        for messages in chats
-    ]
+    assert [document.messages for document in documents] == [bare(messages) for messages in chats]
 
 
 def test_tools_beside_a_prompt_and_a_completion_of_messages(tmp_path):
@@ -356,7 +353,7 @@ def test_tools_beside_a_prompt_and_a_completion_of_messages(tmp_path):
     ],
 )
 def test_a_template_that_leaves_something_out_or_fails_is_refused(template, messages, tools, message):
-    messages = [{name: value for name, value in x.items() if value is not None} for x in messages]
+    messages = bare(messages)
     with pytest.raises(ValueError, match=f"data: .*{message}"):
         chat_tokens(messages, with_template(TOKENIZERS["bytes"], template), tools=tools, where="here")
 
@@ -602,3 +599,52 @@ def test_a_line_of_many_megabytes_is_one_document(tmp_path):
     text = "word " * 2**20
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": "b"}))
     assert [document.text for document in read_documents([tmp_path / "a.jsonl"])] == [text, "b"]
+
+
+def test_values_of_tables_keep_their_types(tmp_path):
+    """Categories are texts; what is no text or no whole number is named, and of two columns none is dropped."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = arrow.array(["a", "b", "a"])
+    path = tmp_path / "a.parquet"
+    for values in (column.dictionary_encode(), column.cast(arrow.large_string())):
+        parquet.write_table(arrow.table({"text": values}), path)
+        assert [document.text for document in read_documents([path])] == ["a", "b", "a"]
+    for table, message in (
+        ({"text": arrow.array([b"a"])}, "expected 'text' as a string, got bytes in .*row 0"),
+        ({"text": arrow.array([1])}, "expected 'text' as a string, got int in .*row 0"),
+        ({"input_ids": arrow.array([[1.0, 2.0]])}, "expected 'input_ids' as a list of token ids in .*row 0"),
+        ({"input_ids": arrow.array([[1, None]])}, "expected 'input_ids' as a list of token ids in .*row 0"),
+        ({"input_ids": arrow.array([[True]])}, "expected 'input_ids' as a list of token ids in .*row 0"),
+        (
+            {"messages": arrow.array([{"role": ["user"], "content": ["a"]}])},
+            "as a list of messages, got dict in .*row 0",
+        ),
+    ):
+        parquet.write_table(arrow.table(table), path)
+        with pytest.raises(ValueError, match=message):
+            read_documents([path])
+    parquet.write_table(arrow.Table.from_arrays([column, column], names=["text", "text"]), path)
+    with pytest.raises(ValueError, match="expected different names of columns, got 'text' twice in .*a.parquet"):
+        read_documents([path])
+
+
+def test_thoughts_that_a_template_leaves_out_are_reported():
+    tokenizer, thought = TOKENIZERS["bytes"], {"reasoning_content": "hm"}
+    messages = [CHAT[1], CHAT[2] | thought]
+    for template, count in ((PLAIN, 1), (PLAIN.replace("{{ m.content", "{{ m.reasoning_content }}{{ m.content"), 0)):
+        notes = Notes()
+        chat_tokens(messages, with_template(tokenizer, template.replace("] ", "]\n")), notes=notes)
+        assert notes.total() == count
+
+
+def test_fields_that_a_data_set_in_memory_fills_in_are_not_there():
+    datasets = pytest.importorskip("datasets")
+    rows = [{"messages": with_call(CITY), "tools": TOOLS}, {"messages": CHAT, "tools": TOOLS[1:]}]
+    found = list(documents_of(datasets.Dataset.from_list(rows)))
+    assert found == list(documents_of([{**row, "messages": bare(row["messages"])} for row in rows]))
+    assert [document.tools for document in found] == [TOOLS, TOOLS[1:]]
+
+
+def bare(messages: list[dict]) -> list[dict]:
+    return [{name: value for name, value in message.items() if value is not None} for message in messages]
