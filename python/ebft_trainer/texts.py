@@ -24,7 +24,7 @@ class AnchorTexts(NamedTuple):
 
     Attributes:
         row, anchor: its place among the anchors [B, A].
-        prompt: of its document, up to it.
+        prompt: of its document, up to it; without a character of which it has only the first tokens.
         target: the ground-truth window.
         completions: n rollouts.
     """
@@ -74,8 +74,9 @@ def anchor_texts(
             completions = [
                 _counted(drawn[b][a][j], None if masks is None else masks[b][a][j]) for j in range(layout.samples)
             ]
-            texts = _continuations(tokenizer, prefix[-_TAIL:], [target, *completions])
-            yield AnchorTexts(b, a, *_decode(tokenizer, [prefix]), texts[0], texts[1:])
+            open_characters, texts = _continuations(tokenizer, prefix[-_TAIL:], [target, *completions])
+            (text,) = _decode(tokenizer, [prefix])
+            yield AnchorTexts(b, a, text[: len(text) - open_characters], texts[0], texts[1:])
 
 
 def load_object(name: str, what: str) -> Any:
@@ -114,8 +115,9 @@ def _decode(tokenizer: Any, tokens: list[list[int]]) -> list[str]:
     return tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _continuations(tokenizer: Any, tail: list[int], parts: list[list[int]]) -> list[str]:
-    """What each of ``parts`` adds to the text of ``tail``."""
+def _continuations(tokenizer: Any, tail: list[int], parts: list[list[int]]) -> tuple[int, list[str]]:
+    """How many characters at the end of ``tail`` are not its text, and what each of ``parts`` adds to the others."""
     head, *whole = _decode(tokenizer, [tail, *(tail + part for part in parts)])
     # A character whose last tokens are still to come is shown as a replacement; it belongs to what completes it.
-    return [text[len(os.path.commonprefix([head, text])) :] for text in whole]
+    kept = len(os.path.commonprefix([head, *whole]))
+    return len(head) - kept, [text[kept:] for text in whole]

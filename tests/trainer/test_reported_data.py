@@ -10,6 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
+from ebft_kernels import StridedLayout
 from ebft_trainer import sources
 from ebft_trainer.chat import chat_tokens
 from ebft_trainer.config import EBFTOptions
@@ -17,6 +18,7 @@ from ebft_trainer.data import EBFTCollator, unpadded
 from ebft_trainer.encoding import Encoded, Notes
 from ebft_trainer.rows import RowStream, build_rows, split_in_two, tokenize
 from ebft_trainer.sources import Document, Source, documents_of, read_documents
+from ebft_trainer.texts import anchor_texts
 
 OPTIONS = EBFTOptions(context=2, stride=2, horizon=2, samples=2)
 
@@ -648,3 +650,20 @@ def test_fields_that_a_data_set_in_memory_fills_in_are_not_there():
 
 def bare(messages: list[dict]) -> list[dict]:
     return [{name: value for name, value in message.items() if value is not None} for message in messages]
+
+
+# Texts of parts: a lost space, a character cut in two that is shown as a replacement in one part and whole in the other
+
+
+@each_tokenizer
+def test_prompt_and_target_are_the_text_itself(tokenizer):
+    text = "the cat said  hello caf\u00e9 \ufb01 \ud55c \U0001f600 to\n\n the dog. so , long"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    length = ids.shape[1]
+    layout = StridedLayout.from_anchors(torch.arange(1, length - 3)[None], length, horizon=3, samples=1)
+    found = list(anchor_texts(tokenizer, ids, layout.windows(ids)[:, :, None], layout))
+    assert len(found) == length - 4
+    for number, texts in enumerate(found, 1):
+        whole = tokenizer.decode(ids[0, : number + 3], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert texts.prompt + texts.target == whole and texts.completions == [texts.target]
+        assert "\ufffd" not in texts.prompt
