@@ -48,6 +48,27 @@ def build_mode() -> str:
     return mode
 
 
+#: The version where there is no tag to go by.
+BASE_VERSION = "0.1.0"
+
+
+def version() -> str:
+    """Of an sdist what it was made as; of a checkout its newest tag "v1.2.3", and ".postN+gHASH" of N commits since."""
+    if os.path.exists("PKG-INFO"):
+        with open("PKG-INFO", encoding="utf-8") as file:
+            return re.search(r"^Version: (\S+)$", file.read(), flags=re.M)[1]
+    command = ["git", "describe", "--tags", "--long", "--match", "v[0-9]*"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return BASE_VERSION
+    found = re.fullmatch(r"v([0-9][\w.]*)-(\d+)-(g[0-9a-f]+)", described.stdout.strip())
+    if not os.path.exists(".git") or found is None:
+        return BASE_VERSION
+    tag, commits, commit = found.groups()
+    return tag if commits == "0" else f"{tag}.post{commits}+{commit}"
+
+
 # Code for the runtime of gcc, which torch brings on Linux; what clang makes there calls another one.
 OPENMP_PROBE = """
 #include <omp.h>
@@ -209,6 +230,7 @@ EXTENSIONS = {
 asked_targets()  # a mistake in it is one whatever is compiled
 
 setup(
+    version=version(),
     packages=[
         *find_packages(include=["ebft_kernels", "ebft_kernels.*"]),
         *find_packages("python"),

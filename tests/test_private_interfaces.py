@@ -63,6 +63,12 @@ TRANSFORMERS = [
         ("model", "inputs", "return_outputs", "num_items_in_batch"),
     ),
     Private("transformers.utils.chat_template_utils.render_jinja_template", "python/ebft_trainer/chat.py"),
+    Private(_TRAINER + "save_model", "python/ebft_trainer/trainer.py", ("output_dir", "_internal_call")),
+    Private(
+        _TRAINER + "create_model_card",
+        "python/ebft_trainer/trainer.py",
+        tuple("language license tags model_name finetuned_from tasks dataset_tags dataset dataset_args".split()),
+    ),
 ]
 # Documented nowhere either; only where trl is, which needs Python 3.11.
 TRL = [Private("trl.trainer.utils.FusedCausalLMOutput", "ebft_kernels/integrations/trl.py")]

@@ -281,3 +281,46 @@ def test_gpus_that_are_not_there_or_that_nvcc_does_not_know(asked, gpus, message
     monkeypatch.setenv("PATH", script(tmp_path / "bin", KNOWN_NVCC), prepend=os.pathsep if gpus else None)
     with pytest.raises(SystemExit, match=f"EBFT_KERNELS_CUDA_ARCHITECTURES: .*{re.escape(message)}"):
         load_setup(asked)["find_nvcc"]()
+
+
+def test_the_version_is_that_of_the_newest_tag(tools, sources):
+    def said() -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tools)}
+        command = [sys.executable, "setup.py", "--version"]
+        return subprocess.run(
+            command, cwd=sources, env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()[-1]
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *who, *arguments], cwd=sources, check=True, capture_output=True)
+
+    assert said() == "0.1.0"
+    git("init")
+    git("add", "setup.py")
+    git("commit", "-m", "one")
+    assert said() == "0.1.0"
+    git("tag", "v3.4.0rc1")
+    assert said() == "3.4.0rc1"
+    git("commit", "--allow-empty", "-m", "two")
+    assert re.fullmatch(r"3\.4\.0rc1\.post1\+g[0-9a-f]+", said())
+    (sources / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: x\nVersion: 5.6.7\n")
+    assert said() == "5.6.7"
+
+
+@pytest.mark.slow
+def test_a_wheel_works_in_an_environment_of_its_own(tmp_path):
+    """Minutes: pip fetches torch."""
+    command = [
+        sys.executable,
+        str(ROOT / "release" / "wheels.py"),
+        "--output",
+        str(tmp_path),
+        "--python",
+        sys.executable,
+    ]
+    result = subprocess.run(
+        [*command, "--torch", f"torch=={torch.__version__.split('+')[0]}"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "manylinux" in result.stdout and "CPU: " in result.stdout
