@@ -204,12 +204,25 @@ def _parser() -> Parser:
     show = command("demo", prepare_demo)
     show.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="(demo-output)")
     show.add_argument("--overwrite", action="store_true", help="replace the demo results that are in --output")
-    show.add_argument("--seed", type=int, default=0, help="(0)")
-    show.add_argument("--steps", type=int, default=demo.Settings.steps, help=f"optimizer steps ({demo.Settings.steps})")
+    show.add_argument("--model", metavar="DIR_OR_NAME", help="a model folder or hub name; default: the shipped model")
+    show.add_argument("--learning-rate", type=float, metavar="X", help="of both runs; default: 1e-6 with --model")
+    for name, what in _DEMO_SETTINGS.items():
+        default = getattr(demo.Settings, name)
+        flag = f"--{name.replace('_', '-')}"
+        show.add_argument(flag, type=int, default=default, metavar="N", help=f"{what} ({default})")
     add_report_arguments(command("report", prepare_report))
     info = command("info", prepare_info)
     info.add_argument("--self-test", action="store_true", help="also check every op on this machine")
     return parser
+
+
+_DEMO_SETTINGS = {
+    "seed": "of data, rollouts and evaluation",
+    "steps": "optimizer steps",
+    "rows_per_step": "rows of an optimizer step",
+    "length": "tokens per row",
+    "eval_rows": "rows that are evaluated on",
+}
 
 
 def _config(arguments: argparse.Namespace, **others: Any) -> EBFTConfig:
@@ -393,9 +406,16 @@ def prepare_evaluate(parsed: argparse.Namespace) -> Work:
 def prepare_demo(arguments: argparse.Namespace) -> Work:
     """Check the output folder and that there is text; the returned function runs the demo."""
     check_output(arguments.output, overwrite=arguments.overwrite, marker=demo.RESULT_FILE)
-    settings = demo.Settings(seed=arguments.seed, steps=arguments.steps)
+    rate = arguments.learning_rate
+    if rate is None and arguments.model is not None:
+        rate = 1e-6  # the authors'
+    rates = {} if rate is None else {"learning_rate_ebft": rate, "learning_rate_cross_entropy": rate}
+    settings = demo.Settings(**{name: getattr(arguments, name) for name in _DEMO_SETTINGS}, **rates)
+    model = {} if arguments.model is None else {"model_folder": arguments.model}
+    if model:
+        load_model(arguments.model)  # an error of it comes before anything is written
     train, held_out = stdlib_sources("train"), stdlib_sources("held_out")
-    return lambda: demo.run(arguments.output, settings, train, held_out)
+    return lambda: demo.run(arguments.output, settings, train, held_out, **model)
 
 
 def prepare_info(arguments: argparse.Namespace) -> Work:

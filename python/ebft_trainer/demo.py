@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback
 
 from ebft_kernels import StridedLayout
+from ebft_kernels._checks import check_positive
 
-from .config import EBFTConfig, device_arguments
+from .config import EBFTConfig, EBFTOptions, device_arguments
 from .corpus import SourceFile
 from .data import Row
 from .demo_model import MODEL_FOLDER
@@ -54,6 +55,11 @@ class Settings:
         for name in ("steps", "rows_per_step", "eval_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate_ebft", "learning_rate_cross_entropy"):
+            check_positive(name, getattr(self, name))
+        shortest = EBFTOptions.context + EBFTOptions.horizon
+        if self.length < shortest:
+            raise ValueError(f"length: expected at least {shortest} tokens, got {self.length}")
 
 
 class _QuietProgress(ProgressCallback):

@@ -76,6 +76,33 @@ def test_rows_are_full_and_from_one_file_each(byte_tokenizer):
     assert rows == [[end, x, x, x], [x] * 4, [end, y, y, y]]
 
 
+@pytest.mark.heavy
+def test_any_model_takes_the_place_of_the_shipped_one(model_folder, tmp_path, monkeypatch, capsys):
+    sources = [SourceFile(f"m{i}", f"def f{i}(x):\n    return x * {i}\n" * 6) for i in range(4)]
+    monkeypatch.setattr(cli, "stdlib_sources", lambda split: sources[1:] if split == "train" else sources[:1])
+    output = tmp_path / "out"
+    sizes = "--steps 1 --rows-per-step 2 --length 40 --eval-rows 2".split()
+    cli.main(["demo", "--model", str(model_folder), "--output", str(output), *sizes])
+    results = json.loads((output / demo.RESULT_FILE).read_text())
+    assert results["settings"]["learning_rate_ebft"] == results["settings"]["learning_rate_cross_entropy"] == 1e-6
+    assert set(results["continuations"]) == {"base", "ebft", "cross_entropy"} and "EBFT" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "./nowhere"], "model: expected a model folder or hub name, got './nowhere'"),
+        (["--learning-rate", "0"], "learning_rate_ebft: expected a finite number above 0, got 0"),
+        (["--length", "3"], "length: expected at least 16 tokens, got 3"),
+        (["--eval-rows", "0"], "eval_rows: expected at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_written(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main(["demo", "--output", str(tmp_path / "out"), *options])
+    assert done.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["steps", "rows_per_step", "eval_rows"])
 def test_settings_are_checked(name):
     with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
