@@ -136,7 +136,7 @@ def launch(
         grid: number of programs per axis, from the sizes of the tile that is used; nothing runs if one of them is 0.
         args: the kernel's run-time arguments.
         tiles: what to choose from, the best guess first. The guess is taken, unless the environment has
-            ``EBFT_KERNELS_AUTOTUNE=1``: then each is timed once per kernel, device and compile-time arguments.
+            ``EBFT_KERNELS_AUTOTUNE=1``: then each is timed once for calls of a kind, :func:`_kind`.
         constants: further compile-time arguments.
     """
     tile = tiles[0]
@@ -169,8 +169,21 @@ def _run(kernel, grid, args, device, tile, constants):
 _FASTEST: dict[tuple, Tile] = {}
 
 
+def _kind(kernel, args, device, tiles, constants) -> tuple:
+    """What calls have in common that one tile may serve: kernel, device, compile-time arguments, the tiles to choose
+    from, the dtypes of all tensors, and the sizes' powers of two, so that a new length is rarely a new kind.
+    """
+
+    def kind(x: object) -> object:
+        if isinstance(x, torch.Tensor):
+            return x.dtype, *(size.bit_length() for size in x.shape)
+        return x.bit_length() if type(x) is int else type(x)
+
+    return kernel, device, repr(sorted(constants.items())), repr(list(tiles)), *map(kind, args)
+
+
 def _fastest(kernel, grid, args, device, tiles, constants):
-    key = (kernel, device, *sorted((name, repr(value)) for name, value in constants.items()))
+    key = _kind(kernel, args, device, tiles, constants)
     if key not in _FASTEST:
         from triton.testing import do_bench
 
