@@ -57,11 +57,13 @@ def _with_gradients(outputs: Results, inputs: dict[str, Tensor]) -> Results:
     }
 
 
-def _attention_cases(layout: StridedLayout, name: str, *, sinks: bool = False, **options: object) -> tuple[Case, Case]:
+def _attention_cases(
+    layout: StridedLayout, name: str, *, head_dim: int = 64, sinks: bool = False, **options: object
+) -> tuple[Case, Case]:
     """The attention of whole rows and one decoding step under the same options."""
 
     def inputs() -> dict[str, Tensor]:
-        tensors = dict(zip("qkv", attention_inputs(layout, head_dim=64), strict=True))
+        tensors = dict(zip("qkv", attention_inputs(layout, head_dim=head_dim), strict=True))
         return tensors | ({"sinks": _random(4, seed=5)} if sinks else {})
 
     def run(tensors: dict[str, Tensor], impl: str) -> Results:
@@ -91,7 +93,7 @@ def _attention_cases(layout: StridedLayout, name: str, *, sinks: bool = False, *
         block = {"block": options["block"]} if "block" in options else {}
         return layout.dense_mask(options.get("window"), **block)
 
-    scoring = {"scale": 64**-0.5, "softcap": options.get("softcap")}
+    scoring = {"scale": head_dim**-0.5, "softcap": options.get("softcap")}
     ways = ("normalize first", "normalize last", *(() if options.get("softcap") or sinks else ("fused",)))
 
     def case(op: str, run: Callable, eager: Callable) -> Case:
@@ -174,15 +176,25 @@ def _log_probs_case(name: str, vocabulary: int, *, several: bool = False, **opti
 
 
 def cases(*, large: bool) -> tuple[Case, ...]:
-    """All cases: ``large`` ones reach the loops over whole tiles and the splits of a GPU, small ones take no time."""
+    """All cases: ``large`` ones reach the loops over whole tiles and the splits of a GPU, small ones take no time.
+
+    Rows of a thousand prompt tokens are many tiles, in which a pipeline of three stages is in its steady state.
+    """
     short = StridedLayout.strided(1, 29, context=5, stride=4, horizon=4, samples=3)
     long = StridedLayout.strided(2, 523, context=5, stride=17, horizon=4, samples=3) if large else short
     channels, width, vocabulary = (1000, 1000, 5003) if large else (24, 96, 301)
-    step_without_split = _attention_cases(short, "short prompt")[1:] if large else ()
+    only_large = ()
+    if large:
+        steady = StridedLayout.strided(1, 1061, context=5, stride=66, horizon=4, samples=3)
+        only_large = (
+            *_attention_cases(steady, "long prompt, D = 128", head_dim=128),
+            *_attention_cases(steady, "the same in a window", head_dim=128, window=300),
+            *_attention_cases(short, "short prompt")[1:],  # a step whose keys are not split
+        )
     return (
         *_attention_cases(long, ""),
         *_attention_cases(long, "all options", softcap=1.5, window=6, sinks=True, block="full"),
-        *step_without_split,
+        *only_large,
         _pooling_case(long, channels, "last_token", "joint", masked=False),
         _pooling_case(short, channels, "mean", "per_layer", masked=True),
         _pooling_case(short, channels, "concat", "joint", masked=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,17 +21,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow: minutes each")
     parser.addoption(
         "--device",
-        choices=("cpu", "cuda"),
+        choices=("cpu", "cuda", "emulated"),
         default="cpu",
         help="cpu (default): every test, Triton's kernels in its interpreter, whether there is a GPU or not; "
-        "cuda: the tests of the ops, on the tensors of a GPU and with compiled kernels",
+        "cuda: the tests of the ops, on the tensors of a GPU and with compiled kernels; emulated: these tests and the "
+        "host code of CUDA without a GPU, on tensors that say they are on one",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before the first import of a kernel and the first look for a GPU."""
-    op_checks.DEVICE = config.getoption("--device")
-    if op_checks.DEVICE == "cpu":
+    where = config.getoption("--device")
+    op_checks.DEVICE, op_checks.INTERPRETED = ("cpu" if where == "cpu" else "cuda"), where != "cuda"
+    if op_checks.INTERPRETED:
         os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
         return
     os.environ.pop("TRITON_INTERPRET", None)
@@ -57,9 +60,11 @@ def device() -> Iterator[torch.device]:
     """Where the tests of the ops run, ``--device``. What a test makes without saying where is made there."""
     if op_checks.DEVICE == "cpu":
         yield torch.device("cpu")
-    else:
-        with torch.device(op_checks.DEVICE) as device:
-            yield device
+        return
+    from .emulated_cuda import emulated_cuda  # which may import Triton
+
+    with emulated_cuda() if op_checks.INTERPRETED else contextlib.nullcontext(), torch.device("cuda") as device:
+        yield device
 
 
 @pytest.fixture(autouse=True)

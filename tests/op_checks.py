@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-#: Type of the device that the tests of the ops run on: pytest's ``--device``, known before any of them is imported.
+#: Type of the device that the tests of the ops run on, and whether Triton's kernels are interpreted there: from
+#: pytest's ``--device``, before any of them is imported.
 DEVICE = "cpu"
+INTERPRETED = True
 
 
 def impls_here(op: str) -> tuple[str, ...]:
@@ -26,7 +28,7 @@ def impls_here(op: str) -> tuple[str, ...]:
 
 def short_dtypes() -> tuple[torch.dtype, ...]:
     """16-bit dtypes that Triton is right about where the tests run; its interpreter is wrong about bfloat16."""
-    return (torch.float16,) if DEVICE == "cpu" else (torch.float16, torch.bfloat16)
+    return (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
 
 
 def seeded(draw: Callable[..., Tensor], *args: Any, seed: int, **options: Any) -> Tensor:

@@ -39,7 +39,7 @@ PATCHED: set[str] = set()
 @pytest.fixture
 def interpreted() -> None:
     """For tests that look inside the kernels."""
-    if op_checks.DEVICE != "cpu":
+    if not op_checks.INTERPRETED:
         pytest.skip("it is about the interpreter")
 
 
@@ -62,7 +62,7 @@ def calls(monkeypatch):
 
     None of compiled kernels, which call no Python.
     """
-    if op_checks.DEVICE != "cpu":
+    if not op_checks.INTERPRETED:
         return None
     counts = collections.Counter()
 
@@ -140,20 +140,20 @@ def test_16_bits(options, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *short_dtypes()))
-@pytest.mark.parametrize("head_dim", (40, 80, 96, *((64, 128, 256) if op_checks.DEVICE == "cuda" else ())))
+@pytest.mark.parametrize("head_dim", (40, 80, 96, *(() if op_checks.INTERPRETED else (64, 128, 256))))
 def test_head_dims(head_dim, dtype):
     assert_variant_within_budget({}, dtype, "triton", ["one_anchor"], head_dim=head_dim, heads=2, kv_heads=1)
 
 
 # A pipeline of three stages is in its steady state only after several tiles of 64 or 128 keys.
-LONG = {"cpu": (104, 24), "cuda": (1024, 128)}
+LONG = (104, 24) if op_checks.INTERPRETED else (1024, 128)
 
 
 @pytest.mark.parametrize("dtype", short_dtypes())
 @pytest.mark.parametrize("options", ({}, {"window": 70}, {"softcap": 3.0, "sinks": True}), ids=str)
 def test_long_rows_of_wide_heads(options, dtype):
     """Output, gradients and the last decoding step of prompts of many tiles."""
-    length, head_dim = LONG[op_checks.DEVICE]
+    length, head_dim = LONG
     layout = StridedLayout.strided(1, length, context=length // 2, stride=length // 8, horizon=4, samples=2)
     tensors, given = attend_inputs(layout, options, dtype, heads=2, kv_heads=1, head_dim=head_dim)
     exact = [x.detach().double().requires_grad_() for x in tensors]
@@ -244,7 +244,7 @@ def test_inputs_and_upstream_gradients_of_any_strides():
 
 
 def zeros(size: int) -> torch.Tensor:
-    if op_checks.DEVICE == "cuda":
+    if not op_checks.INTERPRETED:
         return torch.zeros(size, dtype=torch.float16)
     return torch.from_numpy(np.zeros(size, np.float16))  # torch would write them
 
@@ -274,7 +274,7 @@ def test_results_repeat_bitwise(monkeypatch):
     layout = StridedLayout.strided(1, 64, context=8, stride=8, horizon=4, samples=2)
     tensors, options = attend_inputs(layout, {"sinks": True}, torch.float32, heads=2, kv_heads=1)
     first = results_and_gradients(attend(tensors, layout, impl="triton", **options), tensors)
-    order = reverse_programs(monkeypatch) if op_checks.DEVICE == "cpu" else None
+    order = reverse_programs(monkeypatch) if op_checks.INTERPRETED else None
     for _ in range(1 if order is not None else 20):
         again = results_and_gradients(attend(tensors, layout, impl="triton", **options), tensors)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
