@@ -94,7 +94,7 @@ def _attention_cases(
         return layout.dense_mask(options.get("window"), **block)
 
     scoring = {"scale": head_dim**-0.5, "softcap": options.get("softcap")}
-    ways = ("normalize first", "normalize last", *(() if options.get("softcap") or sinks else ("fused",)))
+    ways = ("normalize first", "normalize last", "recomputed", *(() if options.get("softcap") or sinks else ("fused",)))
 
     def case(op: str, run: Callable, eager: Callable) -> Case:
         return Case(op, name, inputs, run, tuple(functools.partial(eager, how=how) for how in ways))

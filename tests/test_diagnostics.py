@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ebft_kernels
-from ebft_kernels import _triton, diagnostics
+from ebft_kernels import _self_test, _triton, diagnostics
 from ebft_kernels._dispatch import OPS
 from ebft_kernels.attention import _torch as torch_attention
 
@@ -66,6 +66,18 @@ def test_what_could_not_run_is_named_with_the_reason(capsys):
 @pytest.mark.usefixtures("without_triton")
 def test_the_16_bit_cases_that_a_gpu_gets_hold_for_the_implementations_that_run_here(monkeypatch, capsys):
     monkeypatch.setattr(diagnostics, "_dtypes", lambda *_: (torch.bfloat16, torch.float16))
+    assert ebft_kernels.self_test(device="cpu"), wrong_lines(capsys)
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("without_triton")
+def test_the_long_rows_of_wide_heads_that_a_gpu_gets_hold_for_the_implementations_that_run_here(monkeypatch, capsys):
+    names = ("long prompt, D = 128", "the same in a window")
+    long = [case for case in _self_test.cases(large=True) if case.name in names]
+    assert len(long) == 4 and {x.shape[-1] for case in long for x in case.inputs().values()} == {128}
+    assert all(case.inputs()["k"].shape[2] > 1024 for case in long)
+    monkeypatch.setattr(diagnostics, "cases", lambda *, large: long)  # noqa: ARG005
+    monkeypatch.setattr(diagnostics, "_dtypes", lambda *_: (torch.bfloat16,))
     assert ebft_kernels.self_test(device="cpu"), wrong_lines(capsys)
 
 
