@@ -30,7 +30,8 @@ _KERNELS = [f"tests/{op}/test_triton.py" for op in ("attention", "pooling", "mat
 CHECKS: dict[str, tuple[str, ...]] = {
     "interpreter": (*TEST, *_KERNELS, "tests/test_layout_triton.py"),
     "sm_90": ("-m", "bench.compiled_kernels", "--arch", "sm_90", "--workers", "1"),
-    "integrations": (*TEST, "tests/integrations", "-m", "not speed"),
+    # Without TRL, which has requirements of its own.
+    "integrations": (*TEST, "tests/integrations", "-m", "not speed", "--ignore", "tests/integrations/test_trl.py"),
     "trainer": (*TEST, "tests/trainer", "-m", "not speed and not heavy"),
     "pip install": ("-m", "pip", "install", "--no-build-isolation", "--no-deps", "--target", "{folder}/installed", "."),
 }

@@ -14,6 +14,9 @@ from . import op_checks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+#: In the names of tests of what PyTorch does with the tensors of a device, which emulated ones are not.
+UNEMULATED = ("opcheck", "registration", "compile", "copies_of_a_layout", "immutable_and_moves")
+
 GOLDEN_DIR = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 
@@ -50,6 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [item for item in items if config.getoption("--slow") or not item.get_closest_marker("slow")]
     if op_checks.DEVICE == "cuda":
         kept = [item for item in kept if "device" in item.fixturenames and not item.get_closest_marker("speed")]
+        if op_checks.INTERPRETED:
+            kept = [item for item in kept if not any(word in item.name for word in UNEMULATED)]
     if len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept

@@ -147,7 +147,8 @@ def _run(func, args, kwargs):
     if not _waiting_allowed and emulated and func in _ATEN and func.overloadpacket in _WAITING:
         raise HostWaits(f"{func} of a tensor on {DEVICE}")
     device = kwargs.get("device")
-    here = bool(emulated) if device is None else torch.device(device).type == "cuda"
+    # What asks the tensors themselves, below Python, is told that they are on "meta".
+    here = bool(emulated) if device is None else torch.device(device).type in ("cuda", "meta")
     if func is _ATEN._to_copy.default:
         if emulated and not here and not _waiting_allowed:
             raise HostWaits(f"a copy from {DEVICE} to {device}")
