@@ -8,7 +8,10 @@ from ebft_kernels import StridedLayout
 
 
 class ModelShape(NamedTuple):
-    """A causal language model as far as its cost depends on it. Sizes as in its published configuration."""
+    """A causal language model as far as its cost depends on it. Sizes as in its published configuration.
+
+    ``kind`` is its ``model_type`` in transformers; ``tied``: its head has the weights of its embeddings.
+    """
 
     name: str
     hidden: int
@@ -19,6 +22,8 @@ class ModelShape(NamedTuple):
     head_dim: int
     vocab: int
     tapped: int = 3
+    kind: str = "llama"
+    tied: bool = False
 
     @property
     def features(self) -> int:
@@ -31,8 +36,8 @@ MODELS = {
     for shape in (
         ModelShape("demo", 256, 640, 4, 4, 2, 64, 2048),
         ModelShape("llama-256", 256, 688, 8, 8, 4, 32, 8192),
-        ModelShape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 128, 151936),
-        ModelShape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256),
+        ModelShape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 128, 151936, kind="qwen2", tied=True),
+        ModelShape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, tied=True),
         ModelShape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256),
     )
 }

@@ -1,12 +1,12 @@
 """One whole training step beside the published algorithm and beside the matrix products that it cannot avoid.
 
     python -m bench.step [--model llama-256] [--length 1024] [--vocab 32768] [--threads 2] [--rounds 3]
-                         [--against nobody] [--peer ebft_openrlhf=DIR]
+                         [--device cuda] [--against nobody] [--peer ebft_openrlhf=DIR]
 
 Both run on the same random weights with the same random numbers, and their losses are compared before anything is
 reported; peers (bench/peers), which draw numbers of their own, are compared with the library before. Times are medians
-of rounds in which everyone runs in turn in one process. Peak memory is taken in a process of its own for each, above
-what the loaded models hold.
+of rounds in which everyone runs in turn in one process; on a GPU the clock waits for it at the end of each phase. Peak
+memory is taken in a process of its own for each, above what the loaded models hold.
 
 The floor (bench/floors.py): the products of the linear layers over every row that a phase must run, the vocabulary head
 on the rows that are sampled or scored, queries times keys and probabilities times values at exactly the visible
@@ -17,6 +17,8 @@ the forward pass (attention: five for two). It holds no softmax, norm, activatio
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import functools
 import json
 import math
@@ -24,22 +26,26 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import ebft_trainer.step
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.features import FeatureNetwork, layer_numbers
 from ebft_trainer.step import ebft_step
 
 from . import floors, peers
+from .baselines import published
 from .baselines.published import published_step
 from .floors import Pairs, Work
-from .measure import machine_line, reset_peak_resident, resident_bytes
+from .measure import first_run, machine_line, reset_peak_resident, resident_bytes, synchronize
 from .peers.agreement import disagreements
 from .shapes import MODELS, Geometry, ModelShape
 
@@ -63,6 +69,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=1024, help="prompt tokens P")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds")
     parser.add_argument("--against", action="append", choices=["nobody", *PUBLISHED_ATTENTION], help="default: all")
@@ -73,14 +80,14 @@ def main() -> None:
     shape = MODELS[arguments.model]
     shape = shape._replace(vocab=arguments.vocab or shape.vocab)
     geometry, checkouts = Geometry(batch=arguments.batch, length=arguments.length), dict(arguments.peer or [])
-    setup = Setup(shape, geometry, getattr(torch, arguments.dtype), checkouts)
+    setup = Setup(shape, geometry, getattr(torch, arguments.dtype), checkouts, device=torch.device(arguments.device))
     if arguments.memory_of:
         print(json.dumps(setup.peak_bytes(arguments.memory_of)))
         return
     names = [OURS, *(name for name in arguments.against or PUBLISHED_ATTENTION if name != "nobody"), *checkouts]
     setup.check_peers()
     about = f"{shape.name}, V={shape.vocab}, {setup.geometry}, S={setup.layout.packed_length}, {arguments.dtype}"
-    print(f"{about}. {machine_line(torch.device('cpu'))}")
+    print(f"{about}. {machine_line(setup.device)}")
     seconds = setup.time(names, arguments.rounds)
     peaks = {name: peak_in_own_process(name, sys.argv[1:]) for name in names}
     print("\n" + table(seconds, peaks))
@@ -93,32 +100,67 @@ def _peer(argument: str) -> tuple[str, Path]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def model_config(shape: ModelShape, length: int) -> Any:
+    """The configuration of a model of this shape for prompts of ``length`` tokens."""
+    return AutoConfig.for_model(
+        shape.kind,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=2 * length,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+@contextlib.contextmanager
+def clocks_that_wait(device: torch.device) -> Iterator[None]:
+    """Inside, the clocks of the phases wait for the device before they are read."""
+
+    def now() -> float:
+        synchronize(device)
+        return time.perf_counter()
+
+    with contextlib.ExitStack() as patches:
+        for module in (ebft_trainer.step, published, sys.modules[__name__]):
+            patches.enter_context(mock.patch.object(module, "perf_counter", now))
+        yield
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of one call, by a clock that may wait for the device (:func:`clocks_that_wait`)."""
+    start = perf_counter()
+    work()
+    return perf_counter() - start
+
+
 class Setup:
     """Random weights, a prompt, and everyone who makes a step from them.
 
     Args:
-        shape: of the model, a Llama.
+        shape: of the model.
         geometry: of the batch.
         dtype: of the weights.
         checkouts: folders of other implementations by name, see `bench.peers`.
+        device: where all of it is.
     """
 
     def __init__(
-        self, shape: ModelShape, geometry: Geometry, dtype: torch.dtype, checkouts: Mapping[str, Path] | None = None
+        self,
+        shape: ModelShape,
+        geometry: Geometry,
+        dtype: torch.dtype,
+        checkouts: Mapping[str, Path] | None = None,
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=shape.vocab,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            max_position_embeddings=2 * geometry.length,
-        )
-        self.geometry, self.layout = geometry, geometry.layout()
-        self.model = LlamaForCausalLM(config).to(dtype).eval()
+        self.device = torch.device(device)
+        with self.device:  # on a GPU drawn there, which takes a second instead of minutes
+            self.model = AutoModelForCausalLM.from_config(model_config(shape, geometry.length), dtype=dtype).eval()
         self.options = EBFTOptions(
             context=geometry.context,
             stride=geometry.stride,
@@ -126,9 +168,20 @@ class Setup:
             samples=geometry.samples,
             eos_token_ids=[],  # the published algorithm goes on after an end
         )
-        self.prompt = torch.randint(shape.vocab, (geometry.batch, geometry.length))
+        self._place(geometry)
         self._features: FeatureNetwork | None = None
         self._checkouts, self._peers = dict(checkouts or {}), {}
+
+    def _place(self, geometry: Geometry) -> None:
+        self.geometry, self.layout = geometry, geometry.layout().to(self.device)
+        vocabulary = self.model.config.vocab_size
+        self.prompt = torch.randint(vocabulary, (geometry.batch, geometry.length)).to(self.device)
+
+    def at(self, geometry: Geometry) -> Setup:
+        """The same models with prompts of another geometry."""
+        other = copy.copy(self)
+        other._place(geometry)
+        return other
 
     @property
     def features(self) -> FeatureNetwork:
@@ -166,17 +219,20 @@ class Setup:
         if name in self._checkouts:
             return None, self.peer(name).step(self.prompt).seconds
         self.model.zero_grad(set_to_none=True)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         if name == OURS:
             step = ebft_step(self.model, self.features, self.prompt, self.layout, self.options, generator=generator)
             seconds = {phase: step.metrics[f"seconds/{phase}"] for phase in PHASES[:-1]}
         else:
             before = self.model.config._attn_implementation
             self.model.set_attn_implementation(PUBLISHED_ATTENTION[name])
-            step = published_step(self.model, self.model, self.prompt, self.layout, self.options, generator=generator)
-            self.model.set_attn_implementation(before)
+            try:
+                arguments = (self.model, self.model, self.prompt, self.layout, self.options)
+                step = published_step(*arguments, generator=generator)
+            finally:  # it may need more memory than there is
+                self.model.set_attn_implementation(before)
             seconds = step.seconds
-        return step.loss.detach(), seconds | {"backward": _timed(step.loss.backward)}
+        return step.loss.detach(), seconds | {"backward": timed(step.loss.backward)}
 
     def time(self, names: Sequence[str], rounds: int) -> Seconds:
         """Medians of everyone and of the floor, in turn.
@@ -190,15 +246,16 @@ class Setup:
         works = self._floor()
         seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in [*names, FLOOR]}
         turns = [[OURS], *([OURS], names, [OURS]) * rounds]
-        for count, turn in enumerate(turns):
-            losses = {}
-            for name in turn:
-                losses[name], phases = self.run(name)
-                for phase, value in phases.items():
-                    seconds[name][phase] += [value] * (count > 0)
-            self._compare(losses)
-            for phase, parts in works.items():
-                seconds[FLOOR][phase] += [sum(_timed(work) for work in parts)] * (count > 0)
+        with clocks_that_wait(self.device):
+            for count, turn in enumerate(turns):
+                losses = {}
+                for name in turn:
+                    losses[name], phases = self.run(name)
+                    for phase, value in phases.items():
+                        seconds[name][phase] += [value] * (count > 0)
+                self._compare(losses)
+                for phase, parts in works.items():
+                    seconds[FLOOR][phase] += [sum(timed(work) for work in parts)] * (count > 0)
         return {name: {p: statistics.median(x) for p, x in phases.items()} for name, phases in seconds.items()}
 
     def _compare(self, losses: dict[str, Tensor]) -> None:
@@ -215,6 +272,8 @@ class Setup:
             _ = self.features
         elif name in self._checkouts:
             self.peer(name)
+        if self.device.type != "cpu":
+            return first_run(lambda: self.run(name), self.device).peak_bytes
         loaded = resident_bytes("VmRSS")
         reset_peak_resident()
         self.run(name)
@@ -241,6 +300,7 @@ class Setup:
                 kv_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
                 dtype=self.model.dtype,
+                device=self.device,
                 **options,
             )
 
@@ -255,19 +315,13 @@ class Setup:
                 floors.linear(linear(batch * layout.packed_length, 0, deepest)),
                 attention([Pairs.of(layout)], deepest),
             ),
-            "matching": (floors.copied(feature_bytes, 0),),
+            "matching": (floors.copied(feature_bytes, 0, self.device),),
             "policy": (floors.linear(scored), attention([Pairs.of(short)])),
             "backward": (
                 floors.linear(scored, forward=False, backward=True),
                 attention([Pairs.of(short)], forward=False, backward=True),
             ),
         }
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def peak_in_own_process(name: str, options: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ Its numbers are those of ``ebft_trainer.ebft_step`` up to rounding: the two chec
 
 from __future__ import annotations
 
-import time
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -51,23 +51,23 @@ def published_step(
     Only geometry is read from ``layout``. Features are the last token's, whitening is ``"sample"``, the estimator
     ``"rloo"``: the method's defaults. With ``rollouts`` [B, A, n, G] these are taken and none are sampled.
     """
-    start = time.perf_counter()
+    start = perf_counter()
     if rollouts is None:
         sequences = _generate(model, prompt, layout, options.temperature, generator)  # [B*n, P + A*G]
     else:
         sequences = layout.to_reference_order(layout.pack(prompt, rollouts))
-    generated = time.perf_counter()
+    generated = perf_counter()
     rollout_features, target_features = _features(feature_model, sequences, layout, options)
-    featured = time.perf_counter()
+    featured = perf_counter()
     match = match_by_batched_svd(rollout_features, target_features, options.alignment_coef, options.diversity_coef)
-    matched = time.perf_counter()
+    matched = perf_counter()
     log_probs, text_log_probs = _log_probs(model, sequences, layout, options.temperature)
     loss = -options.rl_coef * (match.advantage[..., None] * log_probs).mean() - options.ce_coef * text_log_probs.mean()
     seconds = {
         "rollout": generated - start,
         "features": featured - generated,
         "matching": matched - featured,
-        "policy": time.perf_counter() - matched,
+        "policy": perf_counter() - matched,
     }
     rollouts = layout.rollouts(layout.from_reference_order(sequences))
     return PublishedStep(loss, rollouts, log_probs.detach(), match, seconds)

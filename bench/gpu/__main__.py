@@ -41,7 +41,8 @@ def _stage(name: str) -> Callable[[Job], None]:
 
 #: Stage -> its share of the time, and what it runs. What a stage leaves over goes to those after it.
 STAGES: dict[str, tuple[float, Callable[[Job], None]]] = {
-    name: (share, _stage(name)) for name, share in (("machine", 5.0), ("kernels", 24.0))
+    name: (share, _stage(name))
+    for name, share in (("machine", 5.0), ("right", 36.0), ("kernels", 24.0), ("step", 27.0), ("tiles", 8.0))
 }
 
 

@@ -87,7 +87,7 @@ class Job:
 
     @contextlib.contextmanager
     def attempt(self, what: str, *, needs: float = 0.0, **about: object) -> Iterator[bool]:
-        """Inside, an exception costs only what is inside: it becomes a line of results.
+        """Inside, an exception costs only what is inside: it becomes a line of results, as does a lack of memory.
 
         Gives whether ``needs`` seconds are left; if not, that is a line of results too, and nothing should be done.
         """
@@ -97,8 +97,10 @@ class Job:
         try:
             yield enough
         except Exception as error:
-            short = "out of memory" if isinstance(error, torch.OutOfMemoryError) else told(error)
-            self.write("error", what=what, error=short, **about)
+            if isinstance(error, torch.OutOfMemoryError):
+                self.write("skipped", what=what, why="out of memory", **about)
+            else:
+                self.write("error", what=what, error=told(error), **about)
             traceback.print_exc()
             traceback.clear_frames(error.__traceback__)  # their tensors would be held until this frame is left
         finally:
@@ -149,6 +151,9 @@ def run_beside(job: Job, tasks: Sequence[Task], at_once: int) -> None:
         while waiting or running:
             while waiting and len(running) < at_once:
                 task = waiting.pop(0)
+                if job.left() <= 0:
+                    job.write("part", part=task.name, seconds=0.0, how="not started: no time was left")
+                    continue
                 part = replace(job, part=task.name, deadline=min(job.deadline, time.monotonic() + task.seconds))
                 running.append((part, start(part, task.run)))
             for entry in list(running):

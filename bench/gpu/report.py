@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._documents import table
+from ..problems import FLEX, SDPA, SDPA_PER_SAMPLE
 from .job import Ended, Row, read_rows
+from .kernels import FLASH, OURS
 
 #: What kernels and steps are wanted to reach; see docs/gpu.md.
 FORWARD_OF_FLASH, BACKWARD_OF_FLASH, OF_FLEX, OF_DENSE, OF_COPY = 0.6, 0.5, 2.0, 6.0, 0.8
 OF_PUBLISHED, UTILIZATION, OF_PUBLISHED_MEMORY = 5.0, 0.4, 1 / 3
+#: What tells one way to train from another.
+_SETTING = ("adapters", "checkpointing", "batch")
 #: Bytes from which a kernel is expected to be bound by memory alone.
 _LARGE = 100e6
 
@@ -107,8 +111,6 @@ def targets(results: Results) -> Iterator[Target]:
 
 
 def _attention_targets(model: str, times: list[Row]) -> Iterator[Target]:
-    from .kernels import FLASH, FLEX, OURS, SDPA, SDPA_PER_SAMPLE
-
     for direction, wanted in (("forward", FORWARD_OF_FLASH), ("backward", BACKWARD_OF_FLASH)):
         by_name = {
             row["who"]: row
@@ -130,8 +132,35 @@ def _attention_targets(model: str, times: list[Row]) -> Iterator[Target]:
             yield Target(f"{name}: faster dense-mask SDPA / ours", OF_DENSE, min(dense) / ours["median"])
 
 
-def _step_targets(_results: Results, _product: float | None) -> Iterator[Target]:
-    yield from ()
+def _step_targets(results: Results, product: float | None) -> Iterator[Target]:
+    steps = results.of("step", adapters=False, checkpointing=False)
+    ours = {row["batch"]: row for row in steps if row["who"] == OURS}
+    for published in (row for row in steps if row["who"] != OURS):
+        if own := ours.get(published["batch"]):
+            name = f"step, B={published['batch']}"
+            yield Target(f"{name}: {published['who']} / ours", OF_PUBLISHED, published["seconds"] / own["seconds"])
+            extra, others = ((row["peak_bytes"] - row["held_bytes"]) for row in (own, published))
+            yield Target(
+                f"{name}: peak memory above the loaded models, ours / {published['who']}",
+                OF_PUBLISHED_MEMORY,
+                extra / max(others, 1),
+                at_least=False,
+            )
+    utilizations = [
+        (share, row)
+        for row in results.of("step", who=OURS, adapters=False, batch=8)
+        if (share := _utilization(results, row, product))
+    ]
+    if utilizations:
+        share, row = max(utilizations, key=lambda entry: entry[0])
+        how = ", checkpointing" * row["checkpointing"]
+        yield Target(f"step, B=8{how}: FLOP/s of the product's (MFU)", UTILIZATION, share)
+
+
+def _utilization(results: Results, row: Row, product: float | None) -> float | None:
+    """The model's own operations, none of them twice, over the seconds and the measured rate."""
+    plans = results.of("plan", adapters=row["adapters"], batch=row["batch"], checkpointing=False)
+    return plans[0]["operations"] / row["seconds"] / product if plans and product else None
 
 
 def _sections(results: Results, wanted: list[Target]) -> Iterator[str]:
@@ -152,14 +181,26 @@ def _sections(results: Results, wanted: list[Target]) -> Iterator[str]:
     failed = [row for row in results.of("check") if not row["passed"]]
     if failed:
         cells = [
-            (row["part"], row["case"], _number(row.get("error")), _number(row.get("budget")), _cell(row.get("detail")))
+            (
+                row.get("part"),
+                row["case"],
+                _number(row.get("error")),
+                _number(row.get("budget")),
+                _cell(row.get("detail")),
+            )
             for row in failed
         ]
         yield "## Checks that failed\n\n" + table(("part", "case", "error", "allowed", "what"), cells)
     yield from _times(results)
+    yield from _steps(results)
+    yield from _profiles(results)
+    if patches := [row["patch"] for row in results.of("patch")]:
+        yield "## Tiles\n\n" + "".join(
+            f"```diff\n{x}```\n" if x else "The first candidates are the best.\n" for x in patches
+        )
     for kind, title, columns in (
         ("error", "Errors", ("part", "what", "error")),
-        ("skipped", "Left out for lack of time", ("what", "why")),
+        ("skipped", "Left out", ("what", "why")),
         ("only on a GPU", "What only a GPU can run", ("what",)),
     ):
         if found := results.of(kind):
@@ -186,6 +227,52 @@ def _times(results: Results) -> Iterator[str]:
             "how",
         )
         yield f"## {model}\n\n" + table(header, rows)
+
+
+def _steps(results: Results) -> Iterator[str]:
+    """Seconds as measured by the whole; the phases, of one step more, with a clock that waits after each."""
+    product, rows = results.ceiling("matmul"), []
+    found = results.of("step")
+    for row in found:
+        plans = [] if row["who"] != OURS else results.of("plan", **{k: row[k] for k in _SETTING})
+        share = _utilization(results, row, product) if plans else None
+        rows.append(
+            (
+                row["who"],
+                _setting(row),
+                _seconds(row["seconds"]),
+                " - ".join(_seconds(x) for x in plans[0]["seconds"]) if plans else "",
+                f"{row['tokens'] / row['seconds']:.0f}",
+                f"{row['prompt_tokens'] / row['seconds']:.0f}",
+                f"{share:.2f}" if share else "",
+                f"{row['peak_bytes'] / 2**30:.1f}",
+                f"{plans[0]['peak_bytes'] / 2**30:.1f}" if plans else "",
+                f"{(row['peak_bytes'] - row['held_bytes']) / 2**30:.1f}",
+                *(_seconds(x) for x in row["phases"].values()),
+            )
+        )
+    if rows:
+        header = ("who", "setting", "step", "planned", "tokens/s", "prompt tokens/s", "MFU")
+        header += ("peak GiB", "planned GiB", "above the loaded models", *found[0]["phases"])
+        yield "## Steps\n\n" + table(header, rows)
+
+
+def _setting(row: Row) -> str:
+    how = "adapters" if row["adapters"] else "all weights"
+    return f"B={row['batch']}, {how}{', checkpointing' * row['checkpointing']}"
+
+
+def _profiles(results: Results) -> Iterator[str]:
+    for row in results.of("shares"):
+        if "shares" not in row:
+            continue
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in sorted(row["shares"].items(), key=lambda x: -x[1]))
+        yield f"## Where the time of a step goes: {_setting(row)}\n\n{_seconds(row['span'])} of kernels: {shares}.\n"
+        kernels = [
+            (_cell(x["kernel"])[:90], x["group"], x["runs"], _seconds(x["seconds"]), f"{x['share']:.1%}")
+            for x in results.of("kernel", **{k: row[k] for k in _SETTING})
+        ]
+        yield table(("kernel", "whose", "runs", "seconds", "share"), kernels)
 
 
 def _time_cells(row: Row, copy: float | None, product: float | None) -> tuple[str, ...]:

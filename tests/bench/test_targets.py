@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from bench import document, plain_forward, step, targets
 from bench.shapes import Geometry, ModelShape
@@ -49,9 +50,9 @@ def test_every_group_is_measured(monkeypatch, capsys, group):
 def test_plain_forwards_are_compared_under_both_settings(monkeypatch):
     monkeypatch.setattr(plain_forward, "SECONDS", 0.0)
     used = []
-    real = step.LlamaForCausalLM.set_attn_implementation
+    real = LlamaForCausalLM.set_attn_implementation
     monkeypatch.setattr(
-        step.LlamaForCausalLM,
+        LlamaForCausalLM,
         "set_attn_implementation",
         lambda self, name: (used.append(name), real(self, name))[1],
     )
