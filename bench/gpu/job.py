@@ -151,10 +151,12 @@ def run_beside(job: Job, tasks: Sequence[Task], at_once: int) -> None:
         while waiting or running:
             while waiting and len(running) < at_once:
                 task = waiting.pop(0)
-                if job.left() <= 0:
+                if job.left() <= 2:
                     job.write("part", part=task.name, seconds=0.0, how="not started: no time was left")
                     continue
-                part = replace(job, part=task.name, deadline=min(job.deadline, time.monotonic() + task.seconds))
+                # Before the deadline of all, so that there is time to write down who was killed.
+                deadline = min(job.deadline - 2, time.monotonic() + task.seconds)
+                part = replace(job, part=task.name, deadline=deadline)
                 running.append((part, start(part, task.run)))
             for entry in list(running):
                 part, process = entry

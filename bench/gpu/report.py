@@ -60,8 +60,8 @@ def write_report(folder: Path, ended: Mapping[str, Ended], *, rehearsal: bool, s
     """Write ``report.md`` and ``results.json``, print a short table; whether all ended well and no check failed."""
     results = Results({path.stem: read_rows(path) for path in sorted(folder.glob("*.jsonl"))})
     wanted = [*targets(results)]
-    ends = {name: end._asdict() for name, end in ended.items()}
-    content = {"rehearsal": rehearsal, "stopped": stopped, "stages": ends, "rows": results.rows}
+    stages = {name: end._asdict() for name, end in ended.items()}
+    content = {"rehearsal": rehearsal, "stopped": stopped, "stages": stages, "rows": results.rows}
     content["targets"] = [target._asdict() | {"met": target.met} for target in wanted]
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     note = "**A rehearsal without a GPU: no number means anything.**\n\n" if rehearsal else ""
@@ -71,7 +71,8 @@ def write_report(folder: Path, ended: Mapping[str, Ended], *, rehearsal: bool, s
     print(note.replace("*", "") + _stages(results, ended) + "\n" + _short(wanted), end="")
     print(f"{folder / 'report.md'}, results.json and, of every stage, its lines and its log")
     failed = [row for row in results.of("check") if not row["passed"]] + results.of("error")
-    return not failed and not stopped and all(end.how == "finished" for end in ended.values())
+    ends = [end.how for end in ended.values()] + [row["how"] for row in results.of("part")]
+    return not failed and not stopped and all(how == "finished" for how in ends)
 
 
 def _stages(results: Results, ended: Mapping[str, Ended]) -> str:
@@ -182,7 +183,7 @@ def _sections(results: Results, wanted: list[Target]) -> Iterator[str]:
     if failed:
         cells = [
             (
-                row.get("part"),
+                _cell(row.get("part")),
                 row["case"],
                 _number(row.get("error")),
                 _number(row.get("budget")),
@@ -191,6 +192,13 @@ def _sections(results: Results, wanted: list[Target]) -> Iterator[str]:
             for row in failed
         ]
         yield "## Checks that failed\n\n" + table(("part", "case", "error", "allowed", "what"), cells)
+    if parts := results.of("part"):
+        cells = []
+        for row in parts:
+            checks = [x for x in results.of("check") if x.get("part") == row["part"]]
+            failing = sum(not x["passed"] for x in checks)
+            cells.append((row["part"], row["how"], f"{row['seconds']:.0f} s", len(checks), failing))
+        yield "## Parts\n\n" + table(("part", "ended", "after", "checks", "failed"), cells)
     yield from _times(results)
     yield from _steps(results)
     yield from _profiles(results)

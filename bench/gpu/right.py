@@ -63,8 +63,9 @@ Results = dict[str, Tensor]
 
 
 def run(job: Job) -> None:
-    """All parts, the longest first."""
-    run_beside(job, tasks(job), at_once=max(2, min(8, (os.cpu_count() or 2) // 2)))
+    """All parts, the longest first; so many at once as the GPU has memory for."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with such a setting
+    run_beside(job, tasks(job), at_once=max(2, min(6, (os.cpu_count() or 2) // 2)))
 
 
 def tasks(job: Job) -> list[Task]:
@@ -119,7 +120,7 @@ def _name(dtype: torch.dtype) -> str:
 def _self_test_passes(job: Job) -> None:
     some = diagnostics.cases
     if job.rehearsal:  # one case will do: there it takes the interpreter a minute
-        some = lambda large: tuple(case for case in _self_test.cases(large=large) if case.op == "mean_embedding_loss")  # noqa: E731
+        some = lambda large: _self_test.cases(large=large)[8:10]  # noqa: E731
     with mock.patch.object(diagnostics, "cases", some):
         passed = ebft_kernels.self_test(device=job.device)
     job.write("check", case="ebft_kernels.self_test()", passed=passed, detail="see the log")
@@ -134,10 +135,10 @@ class _Recorder:
     def pytest_runtest_logreport(self, report: Any) -> None:
         """One of the three phases of a test."""
         if report.when == "call" or report.outcome != "passed":
-            detail = "" if report.passed else str(report.longrepr)[-1500:]
             if report.skipped:
-                self.job.write("skipped", what=report.nodeid, why=detail)
+                self.job.write("skipped", what=self.job.part, why=str(report.longrepr[-1]))
             else:
+                detail = "" if report.passed else str(report.longrepr)[-1500:]
                 self.job.write("check", case=report.nodeid, passed=report.passed, detail=detail)
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -390,9 +391,10 @@ def _matching(job: Job, *, samples: Sequence[int]) -> None:
 
 
 def _loss_and_log_probs(job: Job) -> None:
+    dtypes = _dtypes(job)[:1] if job.rehearsal else _dtypes(job)
     for unbiased in (False, True):
-        case = _self_test._loss_case(96 if job.rehearsal else 4608, unbiased)
-        for dtype in _dtypes(job):
+        case = _self_test._loss_case(24 if job.rehearsal else 4608, unbiased)
+        for dtype in dtypes:
             _check_case(job, case, dtype)
     vocabulary = 31 if job.rehearsal else 50257
     for case in (
@@ -400,7 +402,7 @@ def _loss_and_log_probs(job: Job) -> None:
         _self_test._log_probs_case("several targets of a row", vocabulary, several=True),
         _self_test._log_probs_case("softcap", vocabulary, softcap=5.0, scale=0.5),
     ):
-        for dtype in _dtypes(job):
+        for dtype in dtypes:
             _check_case(job, case, dtype)
 
 

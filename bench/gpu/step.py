@@ -120,7 +120,8 @@ def _measure(job: Job) -> None:
 def _training(model: nn.Module) -> Iterator[torch.optim.Optimizer]:
     """AdamW of what is trained, its states in the weights' dtype; afterwards no gradient is left."""
     model.train()
-    yield torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], lr=1e-6)
+    trained = [x for x in model.parameters() if x.requires_grad]
+    yield torch.optim.AdamW(trained, lr=1e-6, fused=trained[0].device.type == "cuda")
     model.zero_grad(set_to_none=True)
 
 

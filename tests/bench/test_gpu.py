@@ -15,7 +15,12 @@ import torch
 
 from bench import measure
 from bench.gpu import __main__ as command
+from bench.gpu import step, tiles
 from bench.gpu.job import Job, Task, read_rows, run_beside
+from bench.gpu.kernels import FLASH, OURS
+from bench.gpu.report import Results, targets
+from bench.problems import FLEX, SDPA, SDPA_PER_SAMPLE
+from bench.shapes import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -44,8 +49,9 @@ def test_a_rehearsal_runs_every_stage(tmp_path):
     assert all(row["median"] > 0 for row in rows if row["kind"] == "time")
     report = (tmp_path / "report.md").read_text()
     assert report.startswith("# On a GPU\n\n**A rehearsal without a GPU: no number means anything.**")
-    for heading in ("Targets", "Machine", "Qwen2.5-1.5B", "What only a GPU can run"):
-        assert f"\n## {heading}\n" in report
+    headings = ("Targets", "Machine", "Parts", "Qwen2.5-1.5B", "Steps", "Where the time of a step goes", "Tiles")
+    for heading in (*headings, "What only a GPU can run"):
+        assert f"\n## {heading}" in report
     assert "A rehearsal without a GPU" in done.stdout and "| machine | finished |" in done.stdout
 
 
@@ -159,3 +165,110 @@ def test_calls_are_timed_in_turn():
     assert found.how == "clock" and 0 < found.seconds.p20 <= found.seconds.median <= found.seconds.p80
     assert seen == [1, 2, 1] + [1, 2] * 3
     assert measure.recorded(lambda: None, CPU) is None
+
+
+def test_nothing_asks_for_a_gpu_before_the_forks():
+    """A process that did cannot share the GPU with its forks."""
+    program = """
+import torch
+asked = []
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)
+import time
+from pathlib import Path
+from bench.gpu import __main__, right
+from bench.gpu.job import Job
+assert len(right.tasks(Job(Path("nowhere"), "right", False, time.monotonic() + 60))) > 30
+print(asked)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_parts_of_a_profile_add_up():
+    trace = [
+        {"ph": "X", "cat": "kernel", "name": "strided_attention_fwd_kernel", "ts": 100, "dur": 40},
+        {"ph": "X", "cat": "kernel", "name": "nvjet_tst_128x256_bf16", "ts": 120, "dur": 30},  # 20 of them beside it
+        {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy DtoD", "ts": 190, "dur": 10},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 900},
+        {"ph": "M", "name": "process_name"},
+    ]
+    events = [*step.device_events(trace, ("kernel", "gpu_memcpy"))]
+    found = step.shares(events)
+    assert found["span"] == pytest.approx(100e-6) and sum(found["shares"].values()) == pytest.approx(1)
+    assert found["shares"]["idle"] == pytest.approx(0.4)
+    assert found["shares"]["ebft-kernels"] == pytest.approx(0.6 * 40 / 80)
+    first, *_ = step.largest_kernels(events, 2)
+    assert first == {
+        "kernel": "strided_attention_fwd_kernel",
+        "group": "ebft-kernels",
+        "runs": 1,
+        "seconds": pytest.approx(40e-6),
+        "share": pytest.approx(0.5),
+    }
+    assert step.shares([]) == {"span": 0.0}
+
+
+def test_every_kernel_is_known_by_its_name():
+    names = [
+        line.split("(")[0].removeprefix("def ")
+        for path in (ROOT / "ebft_kernels").rglob("*triton*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+    ]
+    assert len(names) > 12 and {step.group(name) for name in names} == {"ebft-kernels"}
+    assert step.group("sm90_xmma_gemm_bf16bf16") == "matrix products"
+    assert step.group("vectorized_elementwise_kernel") == "everything else"
+
+
+def test_winning_tiles_are_a_patch_of_the_table():
+    source = (ROOT / "ebft_kernels" / "_tiles.py").read_text()
+    model = MODELS["Qwen2.5-1.5B"]
+    choices = [*tiles._made_up(model)]
+    text = tiles.patch(source, "sm_90", choices)
+    removed = [line for line in text.splitlines() if line.startswith("-  ")]
+    assert len(removed) == len(choices) and all(line[1:] in source for line in removed)
+    best = choices[0].tiles[1]
+    assert f"{(*best.sizes.values(), best.num_warps, best.num_stages)}" in text
+    unchanged = [choice._replace(seconds=(0.5,) + (1.0,) * (len(choice.tiles) - 1)) for choice in choices]
+    assert tiles.patch(source, "sm_90", unchanged) == ""
+
+
+def test_targets_are_ratios_to_what_was_measured():
+    def attention(who, direction, seconds, work=1.0):
+        return {
+            "kind": "time",
+            "model": "m",
+            "op": "strided_attention",
+            "who": who,
+            "direction": direction,
+            "median": seconds,
+            "work": work,
+        }
+
+    setting = {"adapters": False, "checkpointing": False, "batch": 8}
+    rows = [
+        {"kind": "ceiling", "name": "copy", "rate": 3e12},
+        {"kind": "ceiling", "name": "matmul", "rate": 8e14},
+        attention(OURS, "forward", 2.0),
+        attention(FLASH, "forward", 1.0),
+        attention(FLEX, "forward", 5.0),
+        attention(SDPA, "forward", 16.0),
+        attention(SDPA_PER_SAMPLE, "forward", 14.0),
+        {"kind": "time", "model": "m", "op": "large", "median": 1.0, "kernel_seconds": 1e-3, "bytes": 2.7e9},
+        {"kind": "time", "model": "m", "op": "small", "median": 1.0, "kernel_seconds": 1e-3, "bytes": 9e7},
+        {"kind": "step", "who": OURS, **setting, "seconds": 2.0, "peak_bytes": 30, "held_bytes": 10},
+        {"kind": "step", "who": "published", **setting, "seconds": 20.0, "peak_bytes": 110, "held_bytes": 10},
+        {"kind": "plan", **setting, "operations": 8e14},
+    ]
+    found = {target.name: (round(target.measured, 3), target.met) for target in targets(Results({"all": rows}))}
+    assert found == {
+        "m: attention forward: FLOP/s of causal flash SDPA's": (0.5, False),
+        "m: attention forward: FlexAttention / ours": (2.5, True),
+        "m: attention forward: faster dense-mask SDPA / ours": (7.0, True),
+        "m: large: bytes per second of the copy's": (0.9, True),
+        "step, B=8: published / ours": (10.0, True),
+        "step, B=8: peak memory above the loaded models, ours / published": (0.2, True),
+        "step, B=8: FLOP/s of the product's (MFU)": (0.5, True),
+    }
