@@ -360,25 +360,25 @@ def _check_case(job: Job, case: _self_test.Case, dtype: torch.dtype, about: str 
 
 
 def _pooling(job: Job) -> None:
-    for channels in (1536, 2048, 4096, 1000):
-        layout = StridedLayout.strided(
-            2, 523, context=5, stride=17, horizon=6, samples=4, lengths=torch.tensor([523, 260])
-        )
-        if job.rehearsal:
-            layout, channels = StridedLayout.strided(1, 14, context=4, stride=5, horizon=3, samples=2), 24
-        layout = layout.to(job.device)
-        for mode, normalize, masked in (
-            ("last_token", "joint", False),
-            ("last_token", "per_layer", True),
-            ("mean", "joint", True),
-            ("concat", "per_layer", False),
-            ("token", "none", True),
-        ):
-            case = _self_test._pooling_case(layout, channels, mode, normalize, masked)
-            for dtype in _dtypes(job)[-1:] if job.rehearsal else _dtypes(job):
-                _check_case(job, case, dtype, f"C={channels}")
-        if job.rehearsal:
-            break
+    ways = [
+        ("mean", "joint", True),
+        ("last_token", "joint", False),
+        ("last_token", "per_layer", True),
+        ("concat", "per_layer", False),
+        ("token", "none", True),
+    ]
+    lengths = torch.tensor([523, 260])
+    layout = StridedLayout.strided(2, 523, context=5, stride=17, horizon=6, samples=4, lengths=lengths)
+    channels, dtypes = (1536, 2048, 4096, 1000), _dtypes(job)
+    if job.rehearsal:
+        layout = StridedLayout.strided(1, 9, context=4, stride=5, horizon=3, samples=2)
+        channels, dtypes, ways = (24,), dtypes[-1:], ways[:1]
+    layout = layout.to(job.device)
+    for size in channels:
+        for mode, normalize, masked in ways:
+            case = _self_test._pooling_case(layout, size, mode, normalize, masked)
+            for dtype in dtypes:
+                _check_case(job, case, dtype, f"C={size}")
 
 
 def _matching(job: Job, *, samples: Sequence[int]) -> None:
