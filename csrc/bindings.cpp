@@ -222,7 +222,7 @@ cpu::Heads heads(const Operand& operand, bool needed) {
 
 // `sizes`: B, H, Hkv, D, Dv, P, R rollouts, G. `step`: the queries are the rows of this step; -1: all rows.
 cpu::Attention attention(const Sizes& sizes, int64_t step, const Operand& q, const Operand& k, const Operand& v,
-                         const std::vector<uintptr_t>& ranges, bool full, double scale, double softcap) {
+                         const std::vector<LayoutTensor>& ranges, bool full, double scale, double softcap) {
   require(sizes.size() == 8, "sizes: expected 8");
   const PackedSizes packed = packed_sizes({sizes[0], sizes[5], sizes[6], 1, sizes[7]});
   for (int64_t size : sizes) require(size >= 0, "sizes: expected no negative one");
@@ -240,15 +240,15 @@ cpu::Attention attention(const Sizes& sizes, int64_t step, const Operand& q, con
   x.first = step < 0 ? 0 : x.length + step, x.spacing = step < 0 ? 1 : x.horizon;
   const bool needed = x.batch * x.rows > 0;
   x.q = heads(q, needed), x.k = heads(k, needed), x.v = heads(v, needed);
-  x.prefix_start = array<const int32_t>(ranges[0], needed);
-  x.prefix_end = array<const int32_t>(ranges[1], needed);
-  x.own_start = array<const int32_t>(ranges[2], needed);
+  x.prefix_start = int32_array("prefix_start", ranges[0], {x.batch, x.packed});
+  x.prefix_end = int32_array("prefix_end", ranges[1], {x.batch, x.packed});
+  x.own_start = int32_array("own_start", ranges[2], {x.batch, x.packed});
   x.full = full, x.scale = scale, x.softcap = softcap;
   return x;
 }
 
 void strided_attention(int isa, int threads, int dtype, const Sizes& sizes, int64_t step, const Operand& q,
-                       const Operand& k, const Operand& v, const std::vector<uintptr_t>& ranges, bool full,
+                       const Operand& k, const Operand& v, const std::vector<LayoutTensor>& ranges, bool full,
                        double scale, double softcap, uintptr_t sinks, const Operand& out, uintptr_t lse) {
   const cpu::Execution run = execution(isa, threads);
   const auto type = checked_enum<cpu::Dtype>("dtype", dtype, 4);
@@ -262,7 +262,7 @@ void strided_attention(int isa, int threads, int dtype, const Sizes& sizes, int6
 }
 
 void strided_attention_backward(int isa, int threads, int dtype, const Sizes& sizes, const Operand& q,
-                                const Operand& k, const Operand& v, const std::vector<uintptr_t>& ranges, bool full,
+                                const Operand& k, const Operand& v, const std::vector<LayoutTensor>& ranges, bool full,
                                 double scale, double softcap, const Operand& out, uintptr_t lse, const Operand& grad,
                                 const Operand& grad_q, const Operand& grad_k, const Operand& grad_v) {
   const cpu::Execution run = execution(isa, threads);
@@ -276,31 +276,34 @@ void strided_attention_backward(int isa, int threads, int dtype, const Sizes& si
   cpu::strided_attention_backward(run, type, x, results, statistics, upstream, to_q, to_k, to_v);
 }
 
-void layout_geometry(int isa, int threads, const Sizes& sizes, uintptr_t anchors, uintptr_t prompt_start, uintptr_t positions,
-                     uintptr_t prefix_start, uintptr_t prefix_end, uintptr_t own_start) {
+cpu::RangeArrays<int32_t> range_arrays(const LayoutTensor& prefix_start, const LayoutTensor& prefix_end,
+                                       const LayoutTensor& own_start, const Sizes& sizes) {
+  return {int32_array("prefix_start", prefix_start, sizes), int32_array("prefix_end", prefix_end, sizes),
+          int32_array("own_start", own_start, sizes)};
+}
+
+void layout_geometry(int isa, int threads, const Sizes& sizes, const LayoutTensor& anchors,
+                     const LayoutTensor& prompt_start, uintptr_t positions, const LayoutTensor& prefix_start,
+                     const LayoutTensor& prefix_end, const LayoutTensor& own_start) {
   const cpu::Execution run = execution(isa, threads);
   const PackedSizes packed = packed_sizes(sizes);
   const int64_t batch = sizes[0];
-  const auto* from = array<const int32_t>(anchors, batch * packed.anchors > 0);
-  const auto* starts = array<const int32_t>(prompt_start, batch * packed.prompt > 0);
-  const bool needed = batch * packed.packed() > 0;
-  auto* to = array<int64_t>(positions, needed);
-  const cpu::RangeArrays<int32_t> ranges = {array<int32_t>(prefix_start, needed), array<int32_t>(prefix_end, needed),
-                                            array<int32_t>(own_start, needed)};
+  const int32_t* from = int32_array("anchors", anchors, {batch, packed.anchors});
+  const int32_t* starts = int32_array("prompt_start", prompt_start, {batch, packed.prompt});
+  auto* to = array<int64_t>(positions, batch * packed.packed() > 0);
+  const auto ranges = range_arrays(prefix_start, prefix_end, own_start, {batch, packed.packed()});
   const py::gil_scoped_release unlocked;
   cpu::layout_geometry(run.threads, packed, batch, from, starts, to, ranges);
 }
 
-void layout_mask(int isa, int threads, const Sizes& sizes, uintptr_t prefix_start, uintptr_t prefix_end,
-                 uintptr_t own_start, bool full, uintptr_t mask) {
+void layout_mask(int isa, int threads, const Sizes& sizes, const LayoutTensor& prefix_start,
+                 const LayoutTensor& prefix_end, const LayoutTensor& own_start, bool full, uintptr_t mask) {
   const cpu::Execution run = execution(isa, threads);
   const PackedSizes packed = packed_sizes(sizes);
-  const bool needed = sizes[0] * packed.packed() > 0;
-  const cpu::KeyRanges ranges = {array<const int32_t>(prefix_start, needed), array<const int32_t>(prefix_end, needed),
-                                 array<const int32_t>(own_start, needed)};
-  auto* to = array<uint8_t>(mask, needed);
+  const auto ranges = range_arrays(prefix_start, prefix_end, own_start, {sizes[0], packed.packed()});
+  auto* to = array<uint8_t>(mask, sizes[0] * packed.packed() > 0);
   const py::gil_scoped_release unlocked;
-  cpu::dense_mask(run.threads, packed, sizes[0], ranges, full, to);
+  cpu::dense_mask(run.threads, packed, sizes[0], {ranges.prefix_start, ranges.prefix_end, ranges.own_start}, full, to);
 }
 
 std::vector<std::string> isas() {

@@ -19,6 +19,9 @@ using Sizes = std::vector<int64_t>;
 // Address and the strides, in bytes, of the axes B and S of each layer [B, S, C].
 using Layers = std::vector<std::tuple<uintptr_t, int64_t, int64_t>>;
 
+// A tensor of a layout: address, type as torch names it, sizes, and strides in elements.
+using LayoutTensor = std::tuple<uintptr_t, std::string, Sizes, Sizes>;
+
 inline void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
@@ -30,6 +33,29 @@ Enum checked_enum(const char* name, int value, int count) {
                                 ", got " + std::to_string(value));
   }
   return Enum(value);
+}
+
+inline std::string text_of(const Sizes& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
+// The numbers of a tensor of a layout, which the kernels find by the layout's sizes alone: another tensor in its place
+// would be read, or written, beyond its end.
+inline int32_t* int32_array(const char* name, const LayoutTensor& tensor, const Sizes& expected) {
+  const auto& [address, type, sizes, strides] = tensor;
+  bool contiguous = sizes.size() == strides.size();
+  int64_t count = 1;
+  for (size_t axis = sizes.size(); contiguous && axis > 0; count *= sizes[--axis]) {
+    contiguous = sizes[axis - 1] <= 1 || strides[axis - 1] == count;
+  }
+  if (type != "torch.int32" || sizes != expected || !(contiguous || count == 0)) {
+    throw std::invalid_argument(std::string(name) + ": expected a contiguous torch.int32 tensor " + text_of(expected) +
+                                ", got a " + type + " tensor " + text_of(sizes) + " with strides " + text_of(strides));
+  }
+  require(address != 0 || count == 0, "address: expected that of a tensor, got 0");
+  return reinterpret_cast<int32_t*>(address);
 }
 
 // `sizes` [leading..., n, F] of the rollouts; strides without those of the last axes.

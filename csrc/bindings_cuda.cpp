@@ -15,8 +15,6 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 const int64_t* numbers(uintptr_t address) { return static_cast<const int64_t*>(pointer(address)); }
 
-int32_t* ranges(uintptr_t address) { return static_cast<int32_t*>(pointer(address)); }
-
 void raise_error(const EbftCudaStatus& status) {
   if (status.error == ebft_cuda_bad_argument) throw std::invalid_argument(status.message);
   if (status.error) throw std::runtime_error(status.message);
@@ -116,21 +114,31 @@ EbftCudaLayout layout(const Sizes& sizes) {
   return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
 }
 
-void layout_geometry(uintptr_t stream, const Sizes& sizes, uintptr_t anchors, uintptr_t prompt_start,
-                     uintptr_t positions, uintptr_t prefix_start, uintptr_t prefix_end, uintptr_t own_start) {
+int64_t packed_rows(const EbftCudaLayout& x) { return x.prompt + x.anchors * x.samples * x.horizon; }
+
+void layout_geometry(uintptr_t stream, const Sizes& sizes, const LayoutTensor& anchors,
+                     const LayoutTensor& prompt_start, uintptr_t positions, const LayoutTensor& prefix_start,
+                     const LayoutTensor& prefix_end, const LayoutTensor& own_start) {
   const EbftCudaLayout x = layout(sizes);
+  const Sizes rows = {x.batch, packed_rows(x)};
+  const int32_t* from = int32_array("anchors", anchors, {x.batch, x.anchors});
+  const int32_t* starts = int32_array("prompt_start", prompt_start, {x.batch, x.prompt});
+  int32_t* ranges[] = {int32_array("prefix_start", prefix_start, rows), int32_array("prefix_end", prefix_end, rows),
+                       int32_array("own_start", own_start, rows)};
   const py::gil_scoped_release unlocked;
-  raise_error(ebft_cuda_layout_geometry(&x, ranges(anchors), ranges(prompt_start),
-                                        static_cast<int64_t*>(pointer(positions)), ranges(prefix_start),
-                                        ranges(prefix_end), ranges(own_start), pointer(stream)));
+  raise_error(ebft_cuda_layout_geometry(&x, from, starts, static_cast<int64_t*>(pointer(positions)), ranges[0],
+                                        ranges[1], ranges[2], pointer(stream)));
 }
 
-void layout_mask(uintptr_t stream, const Sizes& sizes, uintptr_t prefix_start, uintptr_t prefix_end,
-                 uintptr_t own_start, bool full, uintptr_t mask) {
+void layout_mask(uintptr_t stream, const Sizes& sizes, const LayoutTensor& prefix_start,
+                 const LayoutTensor& prefix_end, const LayoutTensor& own_start, bool full, uintptr_t mask) {
   const EbftCudaLayout x = layout(sizes);
+  const Sizes rows = {x.batch, packed_rows(x)};
+  const int32_t* ranges[] = {int32_array("prefix_start", prefix_start, rows),
+                             int32_array("prefix_end", prefix_end, rows), int32_array("own_start", own_start, rows)};
   const py::gil_scoped_release unlocked;
-  raise_error(ebft_cuda_layout_mask(&x, ranges(prefix_start), ranges(prefix_end), ranges(own_start), full,
-                                    static_cast<uint8_t*>(pointer(mask)), pointer(stream)));
+  raise_error(ebft_cuda_layout_mask(&x, ranges[0], ranges[1], ranges[2], full, static_cast<uint8_t*>(pointer(mask)),
+                                    pointer(stream)));
 }
 
 // The newest version of CUDA that the driver serves, as 1000 * major + 10 * minor; 0 where there is no driver.

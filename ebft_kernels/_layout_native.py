@@ -27,7 +27,7 @@ def dense_mask(
         "layout_mask",
         mask.device,
         (batch_size, length, rollouts, 1, horizon),
-        *(x.data_ptr() for x in ranges),
+        *(_native.layout_tensor(x) for x in ranges),
         full,
         mask.data_ptr(),
     )
@@ -52,6 +52,8 @@ def geometry(
         "layout_geometry",
         anchors.device,
         (batch_size, length, num_anchors, samples, horizon),
-        *(x.data_ptr() for x in (*inputs, position_ids, *ranges)),
+        *(_native.layout_tensor(x) for x in inputs),
+        position_ids.data_ptr(),
+        *(_native.layout_tensor(x) for x in ranges),
     )
     return position_ids, ranges

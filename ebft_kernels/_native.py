@@ -146,6 +146,11 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def layout_tensor(x: Tensor) -> tuple[int, str, tuple[int, ...], tuple[int, ...]]:
+    """A tensor of a layout, described so that the modules can tell whether it is the one that the sizes promise."""
+    return x.data_ptr(), str(x.dtype), tuple(x.shape), x.stride()
+
+
 def byte_strides(x: Tensor, axes: int) -> list[int]:
     """Strides in bytes of the first ``axes`` axes."""
     return [stride * x.element_size() for stride in x.stride()[:axes]]

@@ -13,6 +13,8 @@ import torch
 from . import op_checks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Until the options are known: the conftest of a folder that the command line names may import kernels before that.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 #: In the names of tests of what PyTorch does with the tensors of a device, which emulated ones are not.
 UNEMULATED = ("opcheck", "registration", "compile", "copies_of_a_layout", "immutable_and_moves")
@@ -22,6 +24,9 @@ GOLDEN_DIR = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow: minutes each")
+    parser.addoption(
+        "--fuzz-examples", type=int, default=30, metavar="N", help="cases that each test of random cases draws (30)"
+    )
     parser.addoption(
         "--device",
         choices=("cpu", "cuda", "emulated"),
@@ -85,3 +90,9 @@ def deterministic_and_poisoned():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fuzz_examples(request: pytest.FixtureRequest) -> int:
+    """``--fuzz-examples``."""
+    return request.config.getoption("--fuzz-examples")

@@ -7,6 +7,10 @@
 //
 //   grad_v += weights^T grad    grad_scores = weights * (grad v^T - <grad, out>)    grad_k += grad_scores^T q
 //   grad_q += grad_scores k
+//
+// In these products keys that a row does not see have weights of 0, which is nothing unless they hold what is not finite.
+// Then so are results of rows that do not see it; those are found when they are done, and computed once more from the
+// keys alone that each row sees. Sums have the same order both times.
 
 // From one row of scores to the next: not a power of two, so that the rows of a column are spread over the cache.
 constexpr int64_t score_step = key_block + 16;
@@ -179,11 +183,35 @@ EBFT_INLINE void score(Block<S>& block, const Keys<S>& keys, int64_t count, int6
                    false);
 }
 
-// Of the scores of one row with `count` keys those that it does not see, to the end of a whole vector.
+// Of one row's numbers for `count` keys those of keys that it does not see become `value`, to the end of a whole vector.
 template <class S>
-EBFT_INLINE void hide(S* scores, const Row& row, int64_t count) {
-  for (int64_t k = 0; k < row.seen_begin; ++k) scores[k] = -S(__builtin_inf());
-  for (int64_t k = row.seen_end; k < round_up(count, lanes<S>); ++k) scores[k] = -S(__builtin_inf());
+EBFT_INLINE void hide(S* numbers, const Row& row, int64_t count, S value) {
+  for (int64_t k = 0; k < row.seen_begin; ++k) numbers[k] = value;
+  for (int64_t k = row.seen_end; k < round_up(count, lanes<S>); ++k) numbers[k] = value;
+}
+
+// Whether any of `count` numbers, up to a whole vector, is infinite or NaN.
+template <class S>
+EBFT_INLINE bool has_infinite(const S* numbers, int64_t count) {
+  using V = WholeVector<S>;
+  V nothing = {};
+  for (int64_t d = 0; d < count; d += lanes<S>) nothing += load_whole(numbers + d) * S(0);
+  return sum_of<S>(nothing) != 0;
+}
+
+// results of rows [first, first + rows) += scores times the rows of `keys`, `step` from panel to panel. `apart`: of each
+// row with the keys alone that it sees.
+template <class S>
+EBFT_INLINE void add_seen(Block<S>& block, const S* scores, const S* keys, int64_t step, int64_t count, int64_t first,
+                          int64_t rows, int64_t width, bool apart) {
+  S* results = block.results + first * width;
+  scores += first * score_step;
+  if (!apart) return product<Scores>(scores, keys, step, rows, width, count, results, width, true);
+  for (int64_t i = 0; i < rows; ++i) {
+    const Row& row = block.rows[first + i];
+    product<Scores>(scores + i * score_step + row.seen_begin, keys + row.seen_begin * panel<S>, step, 1, width,
+                    row.seen_end - row.seen_begin, results + i * width, width, true);
+  }
 }
 
 // Softmax so far of row i: its scores become weights.
@@ -196,7 +224,7 @@ EBFT_INLINE void weigh(Block<S>& block, int64_t i, int64_t count, int64_t width)
   for (int64_t k = 0; softcap > 0 && k < columns; k += lanes<S>) {
     store_whole(scores + k, tanh_of<S>(load_whole(scores + k) / softcap) * softcap);
   }
-  hide(scores, block.rows[i], count);
+  hide(scores, block.rows[i], count, -S(__builtin_inf()));
   V highest = V{} + block.largest[i];
   for (int64_t k = 0; k < columns; k += lanes<S>) {
     const V x = load_whole(scores + k);
@@ -243,23 +271,29 @@ static void attention_forward(const AttentionTile& tile, const Heads& out, void*
     Block<S> block = {tile, x, begin, smaller(tile_rows, end - begin), {}, {}, {}, {}, {}, {}, {}};
     start(block, memory, width);
     lay_queries<T>(block, x.q, x.size, S(x.scale), block.queries, static_cast<S*>(nullptr));
-    for (int64_t i = 0; i < block.count; ++i) {
-      const S sink = x.sinks ? S(x.sinks[block.rows[i].head]) : lowest_score<S>;
-      block.largest[i] = sink > lowest_score<S> ? sink : lowest_score<S>;
-      block.sums[i] = WholeVector<S>{};
-      if (sink > lowest_score<S>) block.sums[i][0] = 1;
-    }
-    const auto visit = [&](const Keys<S>& keys, int64_t, int64_t count, int64_t first, int64_t rows) {
-      score(block, keys, count, first, rows);
-      for (int64_t i = first; i < first + rows; ++i) weigh(block, i, count, width);
-      product<Scores>(block.scores + first * score_step, keys.values_down, keys.down_step, rows, width, count,
-                      block.results + first * width, width, true);
+    const auto attend = [&](bool apart) {
+      for (int64_t i = 0; i < block.count; ++i) {
+        const S sink = x.sinks ? S(x.sinks[block.rows[i].head]) : lowest_score<S>;
+        block.largest[i] = sink > lowest_score<S> ? sink : lowest_score<S>;
+        block.sums[i] = WholeVector<S>{};
+        if (sink > lowest_score<S>) block.sums[i][0] = 1;
+      }
+      const auto visit = [&](const Keys<S>& keys, int64_t, int64_t count, int64_t first, int64_t rows) {
+        score(block, keys, count, first, rows);
+        for (int64_t i = first; i < first + rows; ++i) weigh(block, i, count, width);
+        add_seen<S>(block, block.scores, keys.values_down, keys.down_step, count, first, rows, width, apart);
+      };
+      for_each_block_of_prompt<false>(block, EBFT_ROWS, visit);
+      for_each_block_of_rollouts<T, false>(block, memory, visit, [](int64_t, int64_t, int64_t) {});
     };
-    for_each_block_of_prompt<false>(block, EBFT_ROWS, visit);
-    for_each_block_of_rollouts<T, false>(block, memory, visit, [](int64_t, int64_t, int64_t) {});
+    attend(false);
+    if (has_infinite(block.results, block.count * width)) {
+      memset(block.results, 0, size_t(block.count * width) * sizeof(S));
+      attend(true);
+    }
     for (int64_t i = 0; i < block.count; ++i) {
       const Row& row = block.rows[i];
-      const S sum = sum_of<S>(block.sums[i]);
+      const S weights = sum_of<S>(block.sums[i]), sum = weights == 0 ? 1 : weights;  // 0: all of its scores are -inf
       store_row<T>(out.row(tile.batch, row.head, row.row), block.results + i * width, 1 / sum, x.value_size);
       if (lse) static_cast<S*>(lse)[block.number(row)] = block.largest[i] + S(log(double(sum)));
     }
@@ -279,12 +313,14 @@ EBFT_INLINE void differentiate(Block<S>& block, int64_t i, int64_t count, S lse,
     // The slope of the softcap times what the weights are multiplied by below.
     store_whole(grad + k, (load_whole(grad + k) - along) * (1 - bounded * bounded) + along);
   }
-  hide(scores, block.rows[i], count);
   for (int64_t k = 0; k < columns; k += lanes<S>) {
     const V weight = exp_of<S>(load_whole(scores + k) - lse);
     store_whole(scores + k, weight);
     store_whole(grad + k, weight * (load_whole(grad + k) - along));
   }
+  // Whatever came of what the row does not see.
+  hide(scores, block.rows[i], count, S(0));
+  hide(grad, block.rows[i], count, S(0));
 }
 
 // A block of rows in the backward pass.
@@ -332,20 +368,23 @@ static void attention_backward(const AttentionTile& tile, const AttentionGradien
     BackwardBlock<S> block = {{tile, x, begin, smaller(tile_rows, end - begin), {}, {}, {}, {}, {}, {}, {}},
                               {}, {}, {}, {}, {}, {}};
     start_backward<T>(block, memory, gradients);
+    // Without grad_k and grad_v: to the gradients of the queries, row by row, alone.
     const auto add = [&](const Keys<S>& keys, int64_t count, int64_t first, int64_t rows, S* grad_k, S* grad_v) {
       const int64_t offset = first * score_step;
+      const bool apart = !grad_k;
       score<S>(block, keys, count, first, rows);
       product<Queries>(block.grad_across + first, keys.values_across, x.value_size * panel<S>, rows,
                        round_up(count, lanes<S>), x.value_size, block.grad_scores + offset, score_step, false);
       for (int64_t i = first; i < first + rows; ++i) {
         differentiate<S>(block, i, count, block.lse[i], block.along[i], block.grad_scores);
       }
-      product<ScoresTransposed>(block.scores + offset, block.grad_down + first * panel<S>, tile_rows * panel<S>,
-                                count, value_width, rows, grad_v, value_width, true);
-      product<ScoresTransposed>(block.grad_scores + offset, block.queries_down + first * panel<S>,
-                                tile_rows * panel<S>, count, width, rows, grad_k, width, true);
-      product<Scores>(block.grad_scores + offset, keys.down, keys.down_step, rows, width, count,
-                      block.results + first * width, width, true);
+      if (!apart) {
+        product<ScoresTransposed>(block.scores + offset, block.grad_down + first * panel<S>, tile_rows * panel<S>,
+                                  count, value_width, rows, grad_v, value_width, true);
+        product<ScoresTransposed>(block.grad_scores + offset, block.queries_down + first * panel<S>,
+                                  tile_rows * panel<S>, count, width, rows, grad_k, width, true);
+      }
+      add_seen<S>(block, block.grad_scores, keys.down, keys.down_step, count, first, rows, width, apart);
     };
     S *prompt_keys = static_cast<S*>(gradients.prompt_keys), *prompt_values = static_cast<S*>(gradients.prompt_values);
     for_each_block_of_prompt<true, S>(
@@ -372,6 +411,14 @@ static void attention_backward(const AttentionTile& tile, const AttentionGradien
       }
     };
     for_each_block_of_rollouts<T, true, S>(block, memory, visit, finish);
+    if (has_infinite<S>(block.results, block.count * width)) {
+      memset(block.results, 0, size_t(block.count * width) * sizeof(S));
+      const auto again = [&](const Keys<S>& keys, int64_t, int64_t count, int64_t first, int64_t rows) {
+        add(keys, count, first, rows, nullptr, nullptr);
+      };
+      for_each_block_of_prompt<true, S>(block, tile_rows, again);
+      for_each_block_of_rollouts<T, true, S>(block, memory, again, [](int64_t, int64_t, int64_t) {});
+    }
     for (int64_t i = 0; i < block.count; ++i) {
       const Row& row = block.rows[i];
       store_row<T>(gradients.grad_q.row(tile.batch, row.head, row.row), block.results + i * width, S(x.scale), x.size);

@@ -27,6 +27,11 @@ static void mean_embedding_gradients(const void* const* rows, int count, const v
                                      MeanEmbeddingGradient gradient, void* grad_rows, void* grad_target) {
   const auto* d = static_cast<const Sum<T>*>(difference);
   T *out = static_cast<T*>(grad_rows), *out_target = static_cast<T*>(grad_target);
+  if (gradient.target == 0) {  // an anchor without weight, whatever its features are
+    memset(out, 0, size_t(count * features) * sizeof(T));
+    memset(out_target, 0, size_t(features) * sizeof(T));
+    return;
+  }
   for_each_vector(features, [&](int64_t f, auto&& load_at, auto&& store_at) __attribute__((always_inline)) {
     const Vector x = load_at(d + f), base = x * gradient.rollout;
     store_at(out_target + f, x * gradient.target);

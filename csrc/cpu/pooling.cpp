@@ -25,8 +25,12 @@ Item item_of(const Tokens& tokens, int64_t i) {
           (is_target ? tokens.target_rows : tokens.rollout_rows) + number * tokens.steps};
 }
 
+bool counts(const Tokens& tokens, int64_t anchor, int64_t step) {
+  return !tokens.counted || tokens.counted[anchor * tokens.steps + step];
+}
+
 double weight_of(const Tokens& tokens, const PoolingOptions& options, const Item& item, int64_t step) {
-  if (tokens.counted && !tokens.counted[item.anchor * tokens.steps + step]) return 0;
+  if (!counts(tokens, item.anchor, step)) return 0;
   return options.pooling == Pooling::mean ? 1.0 / double(tokens.steps) : 1;
 }
 
@@ -44,7 +48,7 @@ void check_rows(const Tokens& tokens) {
   }
 }
 
-// For every packed row the tokens that are made of it: (item, step) as item * K + step, of row r those from begin[r] to
+// For every packed row the tokens that are made of it and count: (item, step) as item * K + step, of row r those from begin[r] to
 // begin[r + 1], in ascending order.
 struct Uses {
   std::vector<int64_t> begin;
@@ -55,7 +59,9 @@ struct Uses {
     const auto for_each_token = [&](auto&& visit) {
       for (int64_t i = 0; i < t.rollouts() + t.targets(); ++i) {
         const Item item = item_of(t, i);
-        for (int64_t k = 0; k < t.steps; ++k) visit(item.batch * t.packed + item.rows[k], i * t.steps + k);
+        for (int64_t k = 0; k < t.steps; ++k) {
+          if (counts(t, item.anchor, k)) visit(item.batch * t.packed + item.rows[k], i * t.steps + k);
+        }
       }
     };
     for_each_token([&](int64_t row, int64_t) { ++begin[row + 1]; });
@@ -82,6 +88,8 @@ void pool_features(const Execution& execution, Dtype dtype, const std::vector<La
   expect_writes(rollouts, tokens.rollouts() * place.size * sum_bytes);
   expect_writes(targets, tokens.targets() * place.size * sum_bytes);
   Scratch<const void*> row_scratch(threads, steps);
+  // What stands for tokens that do not count: what these hold may be no number, and 0 times that is none either.
+  const std::vector<char> nothing(size_t(channels * element_bytes(dtype)));
   Scratch<double> scale_scratch(threads, steps * depth);
   for_each(items, threads, [&](int64_t i, int thread) {
     const Item item = item_of(tokens, i);
@@ -91,19 +99,21 @@ void pool_features(const Execution& execution, Dtype dtype, const std::vector<La
       double joint = 0;
       for (int64_t l = 0; l < depth; ++l) {
         double& scale = scales[l * steps + k] = weight;
-        if (options.normalization == Normalization::none) continue;
+        if (options.normalization == Normalization::none || weight == 0) continue;
         const double square = kernels.square(row_of(layers[l], item.batch, item.rows[k]), channels);
         scale *= token_scale(square);
         joint += square;
       }
-      for (int64_t l = 0; options.normalization == Normalization::joint && l < depth; ++l) {
+      for (int64_t l = 0; options.normalization == Normalization::joint && weight != 0 && l < depth; ++l) {
         scales[l * steps + k] = weight * token_scale(joint);
       }
     }
     char* out = static_cast<char*>(item.is_target ? targets : rollouts) + item.number * place.size * sum_bytes;
     const void** rows = row_scratch.of(thread);
     for (int64_t l = 0; l < depth; ++l) {
-      for (int64_t k = 0; k < steps; ++k) rows[k] = row_of(layers[l], item.batch, item.rows[k]);
+      for (int64_t k = 0; k < steps; ++k) {
+        rows[k] = counts(tokens, item.anchor, k) ? row_of(layers[l], item.batch, item.rows[k]) : nothing.data();
+      }
       const double* scale = scales + l * steps;
       char* to = out + l * place.layer * sum_bytes;
       if (options.pooling == Pooling::mean) {

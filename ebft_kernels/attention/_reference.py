@@ -39,9 +39,6 @@ def strided_attention_step(
 ) -> Tensor:
     """q [B, H, A*n, D], caches [B, Hkv, S, D] and [B, Hkv, S, Dv] -> [B, H, A*n, Dv]."""
     visible = layout.dense_mask(window)[:, :, layout.length + step :: layout.horizon]  # [B, 1, A*n, S]
-    # Rows of later steps are not written yet and may hold NaN, and 0 * NaN is NaN.
-    written = visible.any(2)[..., None]  # [B, 1, S, 1]
-    v_cache = v_cache.where(written, 0)
     return masked_attention(q, k_cache, v_cache, visible, scale=scale, softcap=softcap, sinks=sinks)
 
 
@@ -58,12 +55,19 @@ def masked_attention(
     """Softmax attention of q [B, H, Q, D] over the ``visible`` [B, 1, Q, K] keys, computed in float32 or float64.
 
     H/Hkv neighbouring query heads share a key/value head. A sink is one more logit per head in the denominator. A row
-    without a visible key gives 0.
+    without a visible key, or whose visible scores are all -inf, gives 0.
+
+    Keys and values that are not visible weigh nothing, whatever they hold. Products with a weight of 0 are not enough
+    for that: 0 * NaN is NaN. So products are of numbers that are finite, and what is not is brought to the rows that
+    see it, and to them alone.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))  # [B, Hkv, H/Hkv, Q, D]
-        scores = torch.einsum("bhrqd,bhkd->bhrqk", grouped, k.to(dtype)).flatten(1, 2) * scale  # [B, H, Q, K]
+        grouped, k, v = q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype), v.to(dtype)  # [B, Hkv, H/Hkv, Q, D]
+        known = k.isfinite()
+        scores = torch.einsum("bhrqd,bhkd->bhrqk", grouped, k.where(known, 0))
+        as_they_are = torch.einsum("bhrqd,bhkd->bhrqk", grouped.detach(), k.detach())
+        scores = scores.where(known.all(-1)[:, :, None, None], as_they_are).flatten(1, 2) * scale  # [B, H, Q, K]
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible, float("-inf"))
@@ -74,6 +78,12 @@ def masked_attention(
         weights = torch.exp(scores - highest.clamp_min(torch.finfo(dtype).min))
         total = weights.sum(-1, keepdim=True)
         weights = weights / total.where(total > 0, 1)
-        weights = weights[..., : k.shape[2]].unflatten(1, (k.shape[1], -1))  # [B, Hkv, H/Hkv, Q, K]
-        out = torch.einsum("bhrqk,bhkd->bhrqd", weights, v.to(dtype)).flatten(1, 2)
+        weights = weights[..., : k.shape[2]].masked_fill(~visible, 0)  # NaN where one is among the row's others
+        weights = weights.unflatten(1, (k.shape[1], -1))  # [B, Hkv, H/Hkv, Q, K]
+        out = torch.einsum("bhrqk,bhkd->bhrqd", weights, v.where(v.isfinite(), 0))
+        for value in (float("inf"), float("-inf")):  # NaN is both
+            holds = ((v == value) | v.isnan()).to(dtype)
+            seen = torch.einsum("bqk,bhkd->bhqd", visible[:, 0].to(dtype), holds) > 0  # [B, Hkv, Q, Dv]
+            out = out + torch.where(seen, value, 0.0)[:, :, None].to(dtype)
+        out = out.flatten(1, 2)
     return out.to(q.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..layout import KeyRanges
 from ._common import empty_output, statistics_dtype
-from ._plan import Part, Plan, plan_rows, plan_step
+from ._plan import MASKED, Part, Plan, plan_rows, plan_step
 
 # PyTorch's fused CPU kernels work in blocks that fit the cache and return the log-sum-exp too. Their names are private.
 try:
@@ -39,11 +39,16 @@ _MAX_SCORES = 2**22
 
 
 class _Scoring(NamedTuple):
-    """What turns <q, k> into a score, and whether the fused kernels can."""
+    """What turns <q, k> into a score, whether the fused kernels can, and whether adding MASKED hides every score.
+
+    Where it does not, hidden keys are left out. That takes longer, so on a CPU one looks at the numbers first;
+    elsewhere one would have to wait for them.
+    """
 
     scale: float
     softcap: float | None
     fused: bool
+    hides: bool
 
 
 def forward(
@@ -63,7 +68,7 @@ def forward(
     """Output [B, H, S, Dv] and log-sum-exp [B, H, S]; see :func:`.api.strided_attention`."""
     out, lse = empty_output(q, v), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
     if q.numel():
-        scoring = _scoring(q, v, scale, softcap)
+        scoring = _scoring(q, k, v, scale, softcap)
         kv_heads, repeat = k.shape[1], q.shape[1] // k.shape[1]
         q, k, v = (_fold(x, kv_heads, lse.dtype) for x in (q, k, v))
         rows = _tile_rows(_TILE_ROWS, k, length, repeat, scoring)
@@ -94,7 +99,8 @@ def step(
     """Output [B, H, A*n, Dv] of the rows of one step; see :func:`.api.strided_attention_step`."""
     out, lse = empty_output(q, v), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
     if q.numel():
-        scoring = _scoring(q, v, scale, softcap)
+        # Later rows are not written yet: what they hold says nothing about the scores.
+        scoring = _scoring(q, k[:, :, :length], v[:, :, :length], scale, softcap)
         kv_heads, repeat = k.shape[1], q.shape[1] // k.shape[1]
         first = 0 if window is None else max(0, step + 1 - window)
         own = (x[:, :, length:].unflatten(2, (-1, horizon))[:, :, :, first : step + 1] for x in (k, v))
@@ -128,7 +134,7 @@ def backward(
     """Gradients of q, k and v, contiguous, in their dtype; accumulated in at least float32."""
     if not q.numel():
         return tuple(x.new_zeros(x.shape) for x in (q, k, v))
-    inputs, scoring = (q, k, v), _scoring(q, v, scale, softcap)
+    inputs, scoring = (q, k, v), _scoring(q, k, v, scale, softcap)
     batch, kv_heads, repeat = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     grad, q, k, v, out, lse = (_fold(x, kv_heads, lse.dtype) for x in (grad, q, k, v, out, lse[..., None]))
     rows = _tile_rows(_TILE_ROWS, k, length, repeat, scoring)
@@ -244,24 +250,49 @@ def _prompt_backward(
             target += x
 
 
-def _scoring(q: Tensor, v: Tensor, scale: float, softcap: float | None) -> _Scoring:
-    fused = _FUSED is not None and q.device.type == "cpu" and softcap is None and q.shape[3] == v.shape[3]
-    return _Scoring(scale, softcap, fused)
+def _scoring(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> _Scoring:
+    hides = q.device.type == "cpu" and _are_ordinary(q, k, v, scale)
+    fused = _FUSED is not None and hides and softcap is None and q.shape[3] == v.shape[3]
+    return _Scoring(scale, softcap, fused, hides)
+
+
+def _are_ordinary(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether values are finite and scores so small beside MASKED that the two add up to a weight of 0."""
+
+    def largest(x: Tensor) -> float:
+        return max(abs(float(bound)) for bound in x.aminmax()) if x.numel() else 0.0
+
+    most = q.shape[3] * scale * largest(q) * largest(k)
+    return most < -MASKED / 10 and largest(v) < float("inf")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: _Scoring) -> tuple[Tensor, Tensor]:
     """Softmax attention of q [X, Y, R, D] over k, v [X, Y, K, D or Dv] and its log-sum-exp [X, Y, R]."""
-    scale, softcap, fused = scoring
+    scale, softcap, fused, hides = scoring
     if fused:
         return _FUSED(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
     scores = _products(q, k.mT).mul_(scale)
     if softcap is not None:
         scores.div_(softcap).tanh_().mul_(softcap)
-    if mask is not None:
+    hidden = None if mask is None or hides else mask < 0
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
+    elif mask is not None:
         scores += mask
-    highest = scores.amax(-1, keepdim=True)
+    highest = scores.amax(-1, keepdim=True).clamp_min_(MASKED)
     total = scores.sub_(highest).exp_().sum(-1, keepdim=True)
-    return _products(scores, v).div_(total), total.log_().add_(highest)[..., 0]
+    total.masked_fill_(total == 0, 1)  # all scores are -inf
+    out = _products(scores, v) if hidden is None else _products_with_seen(scores, v, ~hidden)
+    return out.div_(total), total.log_().add_(highest)[..., 0]
+
+
+def _products_with_seen(weights: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Weights [X, Y, R, K], 0 unless ``seen`` [R, K], times v [X, Y, K, Dv]: not NaN by what is not seen."""
+    out = _products(weights, v.where(v.isfinite(), 0))
+    for value in (float("inf"), float("-inf")):  # NaN is both
+        holds = ((v == value) | v.isnan()).to(v.dtype)
+        out += torch.where(seen.to(v.dtype) @ holds > 0, value, 0.0)
+    return out
 
 
 def _attend_backward(
@@ -279,7 +310,7 @@ def _attend_backward(
 
     Written to ``targets`` where they are given, which the fused kernel cannot.
     """
-    scale, softcap, fused = scoring
+    scale, softcap, fused, hides = scoring
     if fused:
         return _FUSED_BACKWARD(grad, q, k, v, out, lse[..., 0], 0.0, False, attn_mask=mask, scale=scale)
     weights = _products(q, k.mT).mul_(scale)
@@ -288,13 +319,19 @@ def _attend_backward(
         weights.div_(softcap).tanh_()
         slope = 1 - weights * weights
         weights *= softcap
-    if mask is not None:
+    hidden = None if mask is None or hides else mask < 0
+    if mask is not None and hides:
         weights += mask
     weights.sub_(lse).exp_()
+    if hidden is not None:
+        weights.masked_fill_(hidden, 0)
     grad_v = _products(weights.mT, grad, targets[2])
     grad_scores = _products(grad, v.mT).sub_((grad * out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
     if slope is not None:
         grad_scores *= slope
+    if hidden is not None:
+        grad_scores.masked_fill_(hidden, 0)
+        k = k.where(k.isfinite(), 0)  # a row that sees one that is not has NaN for a gradient of its score
     return _products(grad_scores, k, targets[0]), _products(grad_scores.mT, q, targets[1]), grad_v
 
 

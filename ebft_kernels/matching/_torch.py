@@ -33,9 +33,12 @@ def mean_embedding_backward(
     """Gradients of rollouts and targets, in the dtype of the rollouts, from ``grad`` [B, A]."""
     n = rollouts.shape[2]
     grad = grad[..., None]
+    # An anchor without weight has gradients of 0, whatever its features are.
+    difference = difference.masked_fill(grad == 0, 0)
     grad_targets = difference * (-2 * grad)  # [B, A, F]
     grad_rollouts = (grad_targets / -n)[:, :, None]
     if unbiased:
+        rollouts = rollouts.masked_fill(grad[..., None] == 0, 0)
         mean = rollouts.mean(2, dtype=difference.dtype, keepdim=True)
         grad_rollouts = grad_rollouts - (rollouts - mean) * (2 / (n * (n - 1)) * grad)[:, :, None]
     grad_rollouts = grad_rollouts.to(rollouts.dtype).expand_as(rollouts).contiguous()

@@ -77,6 +77,9 @@ def mean_embedding_loss(
     sizes = {"n": rollout_features.shape[2]}
     impl = resolve_impl("mean_embedding_loss", impl, rollout_features.device, rollout_features.dtype, sizes)
     if impl == "reference":
+        if valid is not None:
+            rollout_features = rollout_features.where(valid[..., None, None], 0)
+            target_features = target_features.where(valid[..., None], 0)
         loss = _reference.mean_embedding_loss(rollout_features, target_features, unbiased=unbiased)
     else:
         check_transforms("mean_embedding_loss", rollout_features, target_features)

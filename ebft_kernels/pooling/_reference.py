@@ -35,8 +35,9 @@ def pool_features(
 
 def _pool(tokens: Tensor, counted: Tensor, pooling: str, normalize: str) -> Tensor:
     """Hidden states [..., G, L, C] and which tokens count [..., G] -> [..., F], or [..., G, F] for ``"token"``."""
+    tokens = tokens.where(counted[..., None, None], 0)
     if normalize == "joint":
         tokens = F.normalize(tokens.flatten(-2), dim=-1).view_as(tokens)
     elif normalize == "per_layer":
         tokens = F.normalize(tokens, dim=-1)
-    return combine(tokens * counted[..., None, None], counted, pooling)
+    return combine(tokens, counted, pooling)

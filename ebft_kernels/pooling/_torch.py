@@ -73,10 +73,10 @@ def _pool(hidden_states: Sequence[Tensor], rows: Tensor, weight: Tensor | None, 
     out = rows.new_empty(*rows.shape[:-1], *mode.shape(rows.shape[-1], layers, channels), dtype=dtype)
     by_token = _by_token(out, rows, layers, channels, pooling)
     for items, _, tokens in _tiles(hidden_states, rows):
+        if weight is not None:
+            tokens.masked_fill_(~weight.reshape(-1, rows.shape[-1], 1)[items], 0)
         if normalize != "none":
             tokens /= _norm(tokens, normalize).clamp_min_(SHORTEST_TOKEN)
-        if weight is not None:
-            tokens *= weight.reshape(-1, rows.shape[-1], 1)[items]
         by_token[:, items] = tokens.mean(2, keepdim=True) if mode.adds_up else tokens
     return out
 
@@ -120,7 +120,8 @@ def _token_gradient(grad: Tensor, tokens: Tensor, weight: Tensor | None, normali
     """Gradient of ``tokens`` [L, M, K, C] from ``grad`` of the normalised, weighted ones; overwrites ``tokens``."""
     grad = grad.to(tokens.dtype)
     if weight is not None:
-        grad = grad * weight
+        grad = grad.masked_fill(~weight, 0)
+        tokens.masked_fill_(~weight, 0)
     if normalize == "none":
         return grad.expand_as(tokens)
     norm = _norm(tokens, normalize)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebft_kernels import StridedLayout, _layout_native
+from ebft_kernels import StridedLayout, _layout_native, _native
 from ebft_kernels import layout as layouts
 from ebft_kernels.testing import LAYOUTS
 
@@ -24,8 +24,8 @@ def mask_of(emulation, layout: StridedLayout, window: int | None, block: str, *,
     size = layout.batch_size * layout.packed_length**2
     buffer = torch.full((size + 32,), 7, dtype=torch.uint8)
     ranges = [r.contiguous() for r in layout.visible_keys(window)]
-    addresses = [r.data_ptr() for r in ranges]
-    emulation.module.layout_mask(0, sizes_of(layout), *addresses, block == "full", buffer[shift:].data_ptr())
+    tensors = [_native.layout_tensor(r) for r in ranges]
+    emulation.module.layout_mask(0, sizes_of(layout), *tensors, block == "full", buffer[shift:].data_ptr())
     assert (buffer[:shift] == 7).all() and (buffer[shift + size :] == 7).all()
     mask = buffer[shift : shift + size]
     assert (mask <= 1).all()

@@ -122,8 +122,7 @@ def test_pool_features_backward(cuda_module, change, message):
 
 
 # B, P, A, n, G
-LAYOUT = {"stream": 0, "sizes": (1, 4, 1, 1, 2)}
-RANGES = dict.fromkeys(("prefix_start", "prefix_end", "own_start"), 64)
+SIZES = (1, 4, 1, 1, 2)
 BAD_LAYOUTS = [
     ({"sizes": (1, 4, 1, 1)}, "sizes: expected 5"),
     ({"sizes": (1, -4, 1, 1, 2)}, "sizes: expected no negative one, got -4"),
@@ -131,20 +130,50 @@ BAD_LAYOUTS = [
     ({"sizes": (1, 1 << 31, 1, 1, 2)}, r"sizes: expected at most 2\^30, got 2147483648"),
     ({"sizes": (1, 4, 1 << 20, 1 << 20, 2)}, r"S: expected at most 2\^30 tokens in a packed row"),
 ]
+RANGES = ("prefix_start", "prefix_end", "own_start")
 
 
-def null(*names: str) -> list[tuple[dict[str, int], str]]:
-    return [({name: 0}, f"{name}: expected an address, got null") for name in names]
+def layout_call(names: tuple[str, ...], change: dict) -> dict:
+    """Arguments for sizes that may be wrong, with tensors that would fit them, and the change."""
+    sizes = change.get("sizes", SIZES)
+    batch, prompt, anchors, samples, horizon = (*sizes, 2)[:5]
+    columns = {"anchors": anchors, "prompt_start": prompt}
+    columns |= dict.fromkeys(RANGES, prompt + anchors * samples * horizon)
+    tensors = {name: (64, "torch.int32", (batch, columns[name]), (columns[name], 1)) for name in columns}
+    good = {"stream": 0, "sizes": sizes} | {name: tensors.get(name, 64) for name in names}
+    return good | change
 
 
-@pytest.mark.parametrize(("change", "message"), [*BAD_LAYOUTS, *null(*RANGES, "mask")])
+def wrong_tensors(*names: str) -> list[tuple[dict, str]]:
+    """A null address, and tensors of another type, size and order."""
+    columns = {"anchors": 1, "prompt_start": 4} | dict.fromkeys(RANGES, 6)
+    return [
+        case
+        for name in names
+        for size in (columns[name],)
+        for case in (
+            ({name: (0, "torch.int32", (1, size), (size, 1))}, "address: expected that of a tensor, got 0"),
+            ({name: (64, "torch.int64", (1, size), (size, 1))}, f"{name}: expected a contiguous torch.int32 tensor"),
+            ({name: (64, "torch.int32", (1, size - 1), (size, 1))}, rf"{name}: .* tensor \[1, {size}\], got"),
+            ({name: (64, "torch.int32", (2, size), (size, 1))}, rf"{name}: .* tensor \[1, {size}\], got"),
+        )
+    ]
+
+
+def null(name: str) -> tuple[dict[str, int], str]:
+    return {name: 0}, f"{name}: expected an address, got null"
+
+
+@pytest.mark.parametrize(("change", "message"), [*BAD_LAYOUTS, *wrong_tensors(*RANGES), null("mask")])
 def test_layout_mask(cuda_module, change, message):
     with pytest.raises(ValueError, match=message):
-        cuda_module.layout_mask(*{**LAYOUT, **RANGES, "full": False, "mask": 64, **change}.values())
+        cuda_module.layout_mask(*layout_call((*RANGES, "full", "mask"), {"full": False, **change}).values())
 
 
-@pytest.mark.parametrize(("change", "message"), [*BAD_LAYOUTS, *null("anchors", "prompt_start", "positions", *RANGES)])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [*BAD_LAYOUTS, *wrong_tensors("anchors", "prompt_start", *RANGES), null("positions")],
+)
 def test_layout_geometry(cuda_module, change, message):
-    inputs = dict.fromkeys(("anchors", "prompt_start", "positions"), 64)
     with pytest.raises(ValueError, match=message):
-        cuda_module.layout_geometry(*{**LAYOUT, **inputs, **RANGES, **change}.values())
+        cuda_module.layout_geometry(*layout_call(("anchors", "prompt_start", "positions", *RANGES), change).values())

@@ -107,6 +107,28 @@ def test_no_valid_anchor_gives_zero_and_no_gradient(reduction, impl):
     assert all((g == 0).all() for g in torch.autograd.grad(loss, (x, y)))
 
 
+def assert_invalid_weigh_nothing(impl: str, unbiased: bool, n: int) -> None:
+    """Bit for bit, whatever the features of anchors that are not valid are."""
+    valid = torch.tensor([[True, False, True], [False, True, True]])
+    results = []
+    for fill in (0.5, float("nan"), float("-inf")):
+        rollouts, targets = feature_inputs(2, 3, n, 70)
+        rollouts[~valid] = fill
+        targets[~valid] = fill
+        leaves = [x.requires_grad_() for x in (rollouts, targets)]
+        loss = mean_embedding_loss(*leaves, valid=valid, unbiased=unbiased, impl=impl)
+        results.append(results_and_gradients(loss, leaves))
+        assert not any(x[~valid].any() for x in results[-1][1:])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("unbiased", (False, True))
+def test_anchors_that_are_not_valid_weigh_nothing(unbiased, impl):
+    assert_invalid_weigh_nothing(impl, unbiased, 4)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", ((0, 3), (2, 0)))
 def test_empty_batch(shape, impl):

@@ -131,7 +131,8 @@ def test_ranges_that_no_row_can_see_are_refused(name, row, value):
 SIZES = (1, 2, 1, 8, 8, 4, 2, 2)  # B, H, Hkv, D, Dv, P, A*n, G
 TENSOR = (64,) * 4
 CALL = {"isa": 0, "threads": 1, "dtype": 1, "sizes": SIZES, "step": 0, "q": TENSOR, "k": TENSOR, "v": TENSOR}
-CALL |= {"ranges": (64, 64, 64), "full": False, "scale": 1.0, "softcap": 0.0, "sinks": 0, "out": TENSOR, "lse": 64}
+INT32 = (64, "torch.int32", (1, 8), (8, 1))  # [B, S]
+CALL |= {"ranges": (INT32,) * 3, "full": False, "scale": 1.0, "softcap": 0.0, "sinks": 0, "out": TENSOR, "lse": 64}
 NULL = "address: expected that of a tensor, got 0"
 
 
@@ -154,8 +155,8 @@ BAD = [
     ({"step": -2}, "step: expected less than the horizon"),
     ({"softcap": -1.0}, "softcap: expected none"),
     ({"softcap": math.nan}, "softcap: expected none"),
-    ({"ranges": (64, 64)}, "ranges: expected 3"),
-    *(({"ranges": (64,) * i + (0,) + (64,) * (2 - i)}, NULL) for i in range(3)),
+    ({"ranges": (INT32, INT32)}, "ranges: expected 3"),
+    *(({"ranges": (INT32,) * i + ((0, *INT32[1:]),) + (INT32,) * (2 - i)}, NULL) for i in range(3)),
     *(({name: (0, 64, 64, 64)}, NULL) for name in ("q", "k", "v", "out")),
     ({"lse": 0, "step": -1}, NULL),
 ]

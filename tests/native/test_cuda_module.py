@@ -145,4 +145,4 @@ def test_without_a_gpu_a_call_says_which_kernel_failed_and_why(module):
         rf"^mask_kernel \({-(-len(mask) // 8192)} blocks of 128 threads, 0 bytes of shared memory\): cudaError\w+: "
     )
     with pytest.raises(RuntimeError, match=message):
-        module.layout_mask(0, sizes, *(x.data_ptr() for x in layout.key_ranges), False, mask.data_ptr())
+        module.layout_mask(0, sizes, *map(_native.layout_tensor, layout.key_ranges), False, mask.data_ptr())

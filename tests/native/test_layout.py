@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ebft_kernels import StridedLayout, _layout_native, layout
-from ebft_kernels.testing import LAYOUTS
+from ebft_kernels import StridedLayout, _layout_native, layout, strided_attention
+from ebft_kernels.testing import LAYOUTS, attention_inputs
 
 CHANGES = ("", "without_last_step", "prompt_only")
 
@@ -102,18 +102,16 @@ def test_key_ranges_that_would_write_elsewhere_are_refused(index, value):
         _layout_native.dense_mask(*ranges, length=6, horizon=2, full=False)
 
 
-GEOMETRY = {"isa": 0, "threads": 1, "sizes": (1, 4, 1, 2, 2), "anchors": 64, "prompt_start": 64, "positions": 64}
-GEOMETRY |= {"prefix_start": 64, "prefix_end": 64, "own_start": 64}
-MASK = {
-    "isa": 0,
-    "threads": 1,
-    "sizes": (1, 4, 1, 2, 2),
-    "prefix_start": 64,
-    "prefix_end": 64,
-    "own_start": 64,
-    "full": False,
-}
-MASK |= {"mask": 64}
+def int32(*sizes: int, address: int = 64) -> tuple:
+    """A contiguous tensor as the modules are told of it."""
+    return address, "torch.int32", sizes, tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
+
+
+# B, P, A, n, G: S = 8
+GEOMETRY = {"isa": 0, "threads": 1, "sizes": (1, 4, 1, 2, 2), "anchors": int32(1, 1), "prompt_start": int32(1, 4)}
+GEOMETRY |= {"positions": 64, "prefix_start": int32(1, 8), "prefix_end": int32(1, 8), "own_start": int32(1, 8)}
+MASK = {name: GEOMETRY[name] for name in ("isa", "threads", "sizes", "prefix_start", "prefix_end", "own_start")}
+MASK |= {"full": False, "mask": 64}
 REFUSED = [
     ({"threads": 0}, "threads: expected at least 1"),
     ({"sizes": (1, 4, 1, 2)}, "sizes: expected 5"),
@@ -128,11 +126,61 @@ NULL = "address: expected that of a tensor, got 0"
     [
         *(("layout_geometry", *x) for x in REFUSED),
         *(("layout_mask", *x) for x in REFUSED),
-        *(("layout_geometry", {name: 0}, NULL) for name in itertools.islice(GEOMETRY, 3, None)),
-        *(("layout_mask", {name: 0}, NULL) for name in ("prefix_start", "prefix_end", "own_start", "mask")),
+        ("layout_geometry", {"positions": 0}, NULL),
+        ("layout_mask", {"mask": 0}, NULL),
+        *(
+            (call, {name: wrong}, message)
+            for call, arguments in (("layout_geometry", GEOMETRY), ("layout_mask", MASK))
+            for name, good in arguments.items()
+            if isinstance(good, tuple) and name != "sizes"
+            for wrong, message in (
+                ((0, *good[1:]), NULL),
+                (
+                    (64, "torch.int64", *good[2:]),
+                    f"{name}: expected a contiguous torch.int32 tensor .*got a torch.int64",
+                ),
+                (int32(2, *good[2][1:]), rf"{name}: expected .* tensor \[1, .*\], got .* tensor \[2, "),
+                (int32(*good[2], 1), rf"{name}: expected .* tensor "),
+            )
+        ),
+        ("layout_mask", {"own_start": (64, "torch.int32", (1, 8), (8, 2))}, r"own_start: .* with strides \[8, 2\]"),
+        ("layout_mask", {"own_start": (64, "torch.int32", (1, 8), (8, 0))}, r"own_start: .* with strides \[8, 0\]"),
     ],
 )
 def test_bad_calls_are_refused(call, change, message, compiled):
     arguments = {"layout_geometry": GEOMETRY, "layout_mask": MASK}[call] | change
     with pytest.raises(ValueError, match=message):
         getattr(compiled, call)(*arguments.values())
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("name", ("prefix_start", "prefix_end", "own_start"))
+def test_a_layout_whose_tensors_were_replaced_is_not_read_beyond_their_ends(name):
+    """As one that was unpickled from elsewhere, or whose __dict__ somebody wrote to."""
+    for wrong in (lambda x: x[:, :-1], lambda x: x.long(), lambda x: x[:1]):
+        made = LAYOUTS["odd"]()
+        q, k, v = attention_inputs(made)
+        broken = made.key_ranges._replace(**{name: wrong(getattr(made.key_ranges, name))})
+        made.__dict__.update(key_ranges=broken)
+        made.__dict__.update(_versions=made._tensor_versions())
+        for call in (
+            lambda made=made, q=q, k=k, v=v: strided_attention(q, k, v, made, impl="native"),
+            lambda made=made: made.dense_mask(),
+        ):
+            with pytest.raises(ValueError, match=r"(prefix|own)_\w+: expected a contiguous torch.int32 tensor"):
+                call()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_values_of_a_layout_that_lead_elsewhere_are_refused():
+    """Written behind torch's back, where it does not count writes."""
+    made = LAYOUTS["odd"]()
+    q, k, v = attention_inputs(made)
+    made.key_ranges.prefix_end.data[0, -1] = 2**30
+    with pytest.raises(IndexError, match="key ranges: expected keys that a rollout can see"):
+        strided_attention(q, k, v, made, impl="native")
+    with pytest.raises(IndexError, match="key ranges: expected a prefix before the row's own tokens"):
+        made.dense_mask()
+    made.anchors.data[0, 0] = 2**30
+    with pytest.raises(IndexError, match="anchors: one is beyond the prompt"):
+        made.without_last_step()

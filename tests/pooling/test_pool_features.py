@@ -195,6 +195,32 @@ def test_hidden_states_too_short_to_normalize(size, normalize, impl):
         assert (layout.rollouts(grad) - expected).abs().max() <= expected * EPS
 
 
+def assert_what_does_not_count_weighs_nothing(
+    impl: str, pooling: str, normalize: str, layout: StridedLayout, mask: Tensor, **sizes: int
+) -> None:
+    """Features and gradients, bit for bit, whatever stands where tokens do not count."""
+    in_rollouts = layout.windows(mask)[:, :, None].expand(-1, -1, layout.samples, -1)
+    counted = layout.pack(mask, in_rollouts)[..., None]  # [B, S, 1]
+    results = []
+    for fill in (None, float("nan"), float("inf")):
+        hidden = hidden_inputs(layout, dtype=torch.float32, **sizes)
+        if fill is not None:
+            hidden = [x.where(counted, fill) for x in hidden]
+        leaves = [x.requires_grad_() for x in hidden]
+        features = pool_features(leaves, layout, pooling=pooling, normalize=normalize, token_mask=mask, impl=impl)
+        results.append(results_and_gradients(features, leaves))
+    for other in results[1:]:
+        for clean, filled in zip(results[0], other, strict=True):
+            assert torch.equal(clean, filled)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("pooling", "normalize"), OPTIONS)
+def test_what_does_not_count_weighs_nothing(pooling, normalize, impl):
+    layout = LAYOUTS["documents"]()
+    assert_what_does_not_count_weighs_nothing(impl, pooling, normalize, layout, random_mask(layout))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("pooling", api.POOLINGS)
 def test_where_no_token_counts_features_are_zero(pooling, impl):
