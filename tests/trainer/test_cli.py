@@ -131,7 +131,7 @@ def test_objectives_of_the_command_line(train, tmp_path):
 
 def test_several_documents_are_held_out_whole(model_folder, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(json.dumps({"prompt": "2 + 2 = ", "completion": "four, " * 5}) for _ in range(10)))
+    data.write_text("\n".join(json.dumps({"prompt": f"2 + {i} = ", "completion": "four, " * 5}) for i in range(10)))
     arguments = ["train", "--model", model_folder, "--data", data, "--output", tmp_path / "run", *SMALL.split()]
     cli.main([str(argument) for argument in [*arguments, "--max-steps", "1"]])
     assert "perplexity" in capsys.readouterr().out
