@@ -162,6 +162,16 @@ class Selection:
                     del _in_context[id(config)]
 
 
+def require_selected(architecture: str, configs: tuple[Any, ...]) -> None:
+    """Raise ValueError unless "strided" is selected on all ``configs``."""
+    for config in configs:
+        if (found := config._attn_implementation) != NAME:
+            raise ValueError(
+                f"{architecture}: expected attn_implementation {NAME!r}, got {found!r}: call "
+                f"model.set_attn_implementation({NAME!r}), or use strided_attention_context"
+            )
+
+
 def carrier_mask(call: StridedCall, device: torch.device) -> Tensor:
     """The mask that carries ``call``: four-dimensional, so that models hand it through instead of building their own.
 

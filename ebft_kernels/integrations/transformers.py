@@ -32,7 +32,7 @@ from ._model_check import ModelSupport
 from ._models import ModelFacts, base_model, decoder_layers, decoder_of, evaluation_mode, facts, last_hidden, unwrapped
 from ._output_head import OutputHead, head_form, in_place_of_logits, output_head
 from ._router_loss import router_loss_coefficient, router_losses
-from ._strided_attention import NAME, Selection, StridedCall, carrier_mask, register, row_mask
+from ._strided_attention import NAME, Selection, StridedCall, carrier_mask, register, require_selected, row_mask
 from ._strided_cache import StridedCache
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "output_head",
     "router_loss_coefficient",
     "router_losses",
+    "strided_arguments",
     "strided_attention_context",
     "unwrapped",
 ]
@@ -106,6 +107,33 @@ def strided_attention_context(
             stack.enter_context(cache._running(step))
         stack.callback(Selection(known.configs, NAME).undo)
         yield kwargs
+
+
+def strided_arguments(model: nn.Module, layout: StridedLayout) -> dict[str, Any]:
+    """Keyword arguments of one forward over packed rows, for a model that is at "strided" and stays there.
+
+        model.set_attn_implementation("strided")        # or from_pretrained(..., attn_implementation="strided")
+        logits = model(input_ids=packed, **strided_arguments(model, layout)).logits
+
+    A call without them is an ordinary one, by "sdpa": packed rows are then nothing but long rows. Without them inside
+    :func:`strided_attention_context`, it is refused.
+
+    Args:
+        model: as for :func:`strided_attention_context`.
+        layout: of the packed rows [B, S], on the model's device.
+
+    Raises:
+        ValueError: the model is at another attention implementation, or cannot be run strided (the message names the
+            architecture and the feature).
+        TypeError: ``model`` or ``layout`` is something else.
+    """
+    known = facts(model)
+    if known.obstacle:
+        raise ValueError(f"{known.architecture}: cannot be run strided: {known.obstacle}")
+    check_layout(layout)
+    require_selected(known.architecture, known.configs)
+    # The setting stays, so nothing has to be selected again when a checkpointed layer is run once more.
+    return _forward_arguments(known, StridedCall(layout, None, known.windowed), layout.position_ids, None)
 
 
 def _check_phase(model: nn.Module, layout: object, cache: object, step: int | None) -> None:

@@ -14,7 +14,12 @@ from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from ebft_kernels import StridedLayout
-from ebft_kernels.integrations.transformers import StridedCache, hidden_states, strided_attention_context
+from ebft_kernels.integrations.transformers import (
+    StridedCache,
+    hidden_states,
+    strided_arguments,
+    strided_attention_context,
+)
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def test_the_function_is_registered_when_the_module_is_imported_and_not_before()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("setting", ["eager", "sdpa"])
+@pytest.mark.parametrize("setting", ["eager", "sdpa", "strided"])
 def test_the_setting_comes_back(tiny, layout, setting):
     model = tiny.build("llama")
     model.set_attn_implementation(setting)
@@ -146,6 +151,43 @@ def test_a_model_left_at_strided_refuses_plain_calls_that_sdpa_gets_wrong(tiny, 
     model = tiny.build(name)
     model.set_attn_implementation("strided")
     with pytest.raises(ValueError, match=feature):
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_a_model_set_to_strided_by_its_user(tiny, layout, tokens, name, checkpointing):
+    """`set_attn_implementation` and the arguments alone: the numbers and gradients of the context."""
+    found = []
+    for by_user in (False, True):
+        model = tiny.build(name)
+        if checkpointing:
+            model.train()
+            model.gradient_checkpointing_enable()
+        if by_user:
+            model.set_attn_implementation("strided")
+            logits = model(input_ids=tokens, **strided_arguments(model, layout)).logits
+        else:
+            with strided_attention_context(model, layout) as kwargs:
+                logits = model(input_ids=tokens, **kwargs).logits
+        logits.square().sum().backward()
+        found.append((logits.detach(), {parameter: p.grad for parameter, p in model.named_parameters()}))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(grad, found[1][1][parameter]) for parameter, grad in found[0][1].items())
+    assert model.config._attn_implementation == "strided"
+
+
+@pytest.mark.parametrize("setting", ["eager", "sdpa"])
+def test_arguments_for_a_model_at_another_setting_are_refused(tiny, layout, setting):
+    model = tiny.build("llama")
+    model.set_attn_implementation(setting)
+    message = f"llama: expected attn_implementation 'strided', got '{setting}': call model.set_attn_implementation"
+    with pytest.raises(ValueError, match=message):
+        strided_arguments(model, layout)
+    model.set_attn_implementation("strided")
+    with pytest.raises(TypeError, match="layout: expected a StridedLayout, got int"):
+        strided_arguments(model, 3)
+    with strided_attention_context(model, layout), pytest.raises(ValueError, match="the layout did not reach"):
         model(input_ids=torch.ones(1, 4, dtype=torch.long))
 
 
