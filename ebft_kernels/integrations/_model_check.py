@@ -107,7 +107,10 @@ def plain_tail_logits(
     """
     base = base_model(model)
     prompt, rollouts = tokens[:, : layout.length], layout.rollouts(tokens)
-    selection = Selection(known.configs, "sdpa" if getattr(base, "_supports_sdpa", False) else "eager")
+    # Some versions of transformers ignore a soft cap under "sdpa"; a piece's scores are few.
+    capped = any(getattr(config, "attn_logit_softcapping", None) for config in known.configs)
+    fused = getattr(base, "_supports_sdpa", False) and not capped
+    selection = Selection(known.configs, "sdpa" if fused else "eager")
     short = {"logits_to_keep": 1} if known.keeps_logits else {}
     found: list[Tensor] = []
 

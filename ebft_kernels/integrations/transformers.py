@@ -86,13 +86,15 @@ def strided_attention_context(
 
     Raises:
         ValueError: the model cannot be run strided (the message names the architecture and the feature), ``step``
-            without ``cache`` or out of range, a cache of another layout, or with gradient checkpointing in train mode.
+            without ``cache`` or out of range, a cache of another layout, or with gradient checkpointing in train mode;
+            reentrant checkpointing under FSDP2 with transformers before 5.23.
         TypeError: ``model``, ``layout`` or ``cache`` is something else.
     """
     known = facts(model)
     if known.obstacle:
         raise ValueError(f"{known.architecture}: cannot be run strided: {known.obstacle}")
     _check_phase(model, layout, cache, step)
+    _check_recomputation(model, known)
     if cache is None:
         rows, positions = layout, layout.position_ids
     elif step is None:
@@ -152,6 +154,32 @@ def _check_phase(model: nn.Module, layout: object, cache: object, step: int | No
             raise ValueError(f"step: expected less than horizon = {layout.horizon}, got {step}")
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("cache: gradient checkpointing in train mode drops the cache; sample in eval mode")
+
+
+def _checkpoints_hooks() -> bool:
+    """Whether this version of transformers recomputes a layer with its hooks, as before 5.23."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def _check_recomputation(model: nn.Module, known: ModelFacts) -> None:
+    """Raise ValueError where reentrant gradient checkpointing loses gradients under FSDP2.
+
+    Its hooks, recomputed with a layer, end FSDP2's backward pass with that layer's: the embeddings get no gradient.
+    """
+    if not (model.training and torch.is_grad_enabled() and _checkpoints_hooks()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for layer in decoder_layers(model):
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
+        if isinstance(layer, FSDPModule) and getattr(layer, "gradient_checkpointing", False) and reentrant:
+            raise ValueError(
+                f"{known.architecture}: gradient checkpointing under FSDP2: expected use_reentrant=False or "
+                "transformers 5.23, got use_reentrant=True and an older one, where the embeddings would get no gradient"
+            )
 
 
 def _forward_arguments(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from ebft_kernels.integrations import transformers as strided
 from ebft_kernels.integrations.transformers import (
     StridedCache,
     apply_head,
@@ -203,10 +204,32 @@ def test_fully_sharded(tiny, layout, tokens, reentrant):
         fully_shard(layer)
     fully_shard(model)
     assert check_model(model).ok
+    if reentrant and strided._checkpoints_hooks():
+        with pytest.raises(ValueError, match="llama: gradient checkpointing under FSDP2: expected use_reentrant=False"):
+            gradients(model, tokens, layout)
+        return
     found = gradients(model, tokens, layout)
     assert_same({name: grad.full_tensor() for name, grad in found.items()}, expected)
     with pytest.raises(ValueError, match="llama: its vocabulary head is sharded over ranks"):
         output_head(model)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_reentrant_checkpointing_that_would_lose_gradients_is_refused(tiny, layout, tokens, monkeypatch):
+    """As with older versions of transformers."""
+    monkeypatch.setattr(strided, "_checkpoints_hooks", lambda: True)
+    for reentrant in (False, True):
+        model = tiny.build("llama").train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        gradients(model, tokens, layout)
+        for layer in decoder_layers(model):
+            fully_shard(layer)
+        fully_shard(model)
+        if not reentrant:
+            gradients(model, tokens, layout)
+            continue
+        with pytest.raises(ValueError, match="llama: gradient checkpointing under FSDP2: expected use_reentrant=False"):
+            gradients(model, tokens, layout)
 
 
 def test_a_compiled_model(tiny, layout, tokens):
