@@ -6,9 +6,24 @@ What it offers is loaded when it is first asked for, so that `ebft-train --help`
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._quiet import keep_quiet
+
+if TYPE_CHECKING:  # for type checkers and the reference, which run nothing
+    from .config import EBFTConfig as EBFTConfig
+    from .config import EBFTOptions as EBFTOptions
+    from .data import EBFTCollator as EBFTCollator
+    from .feature_maps import TextEncoderFeatures as TextEncoderFeatures
+    from .features import FeatureMap as FeatureMap
+    from .features import FeatureNetwork as FeatureNetwork
+    from .features import StartingAdapters as StartingAdapters
+    from .rollout import sample_rollouts as sample_rollouts
+    from .step import EBFTStep as EBFTStep
+    from .step import ebft_step as ebft_step
+    from .trainer import EBFTTrainer as EBFTTrainer
+    from .verifiers import TextVerifier as TextVerifier
+    from .verifiers import Verifier as Verifier
 
 _HOME = {
     "EBFTCollator": "data",
