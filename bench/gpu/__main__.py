@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from .job import Ended, Job, finish, kill_group, start
 
 #: Kept for the report at the end.
@@ -66,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
     deadline = time.monotonic() + 60 * given.minutes - _REPORT_SECONDS
     _prepare(given)
+    if not given.rehearse and not _there_is_a_gpu(given.output):
+        parser.error("expected a GPU that torch can use, there is none; --rehearse runs without one")
     ended: dict[str, Ended] = {}
     stopped = ""
     try:
@@ -99,6 +103,21 @@ def _prepare(given: argparse.Namespace) -> None:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the other check leaves nothing that a fork could use
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):  # shared by the stages
         os.environ[name] = str((given.output / "cache" / name.split("_")[0].lower()).resolve())
+
+
+def _there_is_a_gpu(folder: Path) -> bool:
+    """Asked in a process of its own: once this one has looked, its forks cannot use what it found."""
+
+    def look(_job: Job) -> None:
+        sys.exit(0 if torch.cuda.is_available() else 1)
+
+    job = Job(folder, "look", False, time.monotonic() + 60)
+    process = start(job, look)
+    process.join(60)
+    found = finish(process, job, kill_group).how == "finished"
+    for path in folder.glob("look.*"):
+        path.unlink()
+    return found
 
 
 def run_stages(names: list[str], folder: Path, deadline: float, *, rehearsal: bool) -> Iterator[tuple[str, Ended]]:

@@ -223,6 +223,8 @@ def _run(job: Job, run: Callable[[Job], None], own_group: bool) -> None:
     faulthandler.enable(file=2)
     try:
         run(job)
+    except SystemExit:
+        raise
     except BaseException as error:
         job.write("error", what=job.part or job.name, error=told(error))
         traceback.print_exc()

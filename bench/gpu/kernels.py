@@ -74,8 +74,8 @@ def _costs(job: Job, model: ModelShape) -> dict[str, KernelCost]:
 
 
 def _sets(job: Job, make: Callable[[], object], size: int) -> list:
-    """So many inputs of ``size`` bytes that a cache has forgotten one when it is used again."""
-    return [make() for _ in range(max(1, -(-2 * cache_bytes(job.device) // size)))]
+    """So many inputs of ``size`` bytes, but at most 16, that a cache has forgotten one when it is used again."""
+    return [make() for _ in range(min(max(1, -(-2 * cache_bytes(job.device) // size)), 16))]
 
 
 def _contestants(layout: StridedLayout) -> dict[str, Contestant]:

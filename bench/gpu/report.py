@@ -202,10 +202,14 @@ def _sections(results: Results, wanted: list[Target]) -> Iterator[str]:
     yield from _times(results)
     yield from _steps(results)
     yield from _profiles(results)
+    if tiles := results.of("tile"):
+        cells = [
+            (row["model"], row["kernel"], row["row"], ", ".join(f"{k}: {_seconds(x)}" for k, x in row["times"].items()))
+            for row in tiles
+        ]
+        yield "## Tiles\n\n" + table(("model", "kernel", "row", "sizes, warps, stages: seconds"), cells)
     if patches := [row["patch"] for row in results.of("patch")]:
-        yield "## Tiles\n\n" + "".join(
-            f"```diff\n{x}```\n" if x else "The first candidates are the best.\n" for x in patches
-        )
+        yield "".join(f"```diff\n{x}```\n" if x else "The first candidates are the best.\n" for x in patches)
     for kind, title, columns in (
         ("error", "Errors", ("part", "what", "error")),
         ("skipped", "Left out", ("what", "why")),

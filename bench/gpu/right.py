@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -148,6 +149,9 @@ class _Recorder:
 
 
 def _pytest(job: Job, *, path: str) -> None:
+    if importlib.util.find_spec("pytest") is None:
+        job.write("skipped", what=path, why="pytest is not installed")
+        return
     import pytest
 
     arguments = [path, "--device", job.device.type, "-q", "--tb=short", "-p", "no:xdist", "-p", "no:cacheprovider"]
@@ -410,7 +414,10 @@ def _loss_and_log_probs(job: Job) -> None:
 
 
 def _calls(job: Job, device: torch.device) -> Iterator[tuple[str, Callable[[], Results]]]:
-    """Every op, forward and backward, on ``device``; the layout is made before."""
+    """Every op, forward and backward, on ``device``; the layout is made before.
+
+    For more rollouts than 16 matching takes an eigen-solver, which waits, so there are none here.
+    """
     length, width, vocabulary = (9, 24, 31) if job.rehearsal else (131, 96, 301)
     layout = StridedLayout.strided(1, length, context=4, stride=5, horizon=3, samples=2).to(device)
     dtype = _dtypes(job)[0]
@@ -422,7 +429,7 @@ def _calls(job: Job, device: torch.device) -> Iterator[tuple[str, Callable[[], R
         _self_test._loss_case(width, unbiased=False),
         _self_test._matching_case(width, "none", 4),
         _self_test._matching_case(width, "sample", 4),
-        _self_test._matching_case(width, "feature", 17),
+        _self_test._matching_case(width, "feature", 16),
         _self_test._log_probs_case("", vocabulary, several=True),
     ]
     for case in [cases[0], cases[4], cases[6]] if job.rehearsal else cases:

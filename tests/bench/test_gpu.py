@@ -272,3 +272,11 @@ def test_targets_are_ratios_to_what_was_measured():
         "step, B=8: peak memory above the loaded models, ours / published": (0.2, True),
         "step, B=8: FLOP/s of the product's (MFU)": (0.5, True),
     }
+
+
+def test_without_a_gpu_it_says_so_at_once(stages, tmp_path, capsys):
+    stages(never=_good)
+    with pytest.raises(SystemExit):
+        command.main(["--output", str(tmp_path)])
+    assert "expected a GPU that torch can use, there is none; --rehearse runs without one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
