@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from .job import Ended, Job, finish, kill_group, start
+from .job import Ended, Job, finish, kill_group, read_rows, start
 
 #: Kept for the report at the end.
 _REPORT_SECONDS = 6.0
@@ -59,17 +59,18 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together (8)")
+    parser.add_argument("--minutes", type=float, help="for everything together (8; to rehearse 30)")
     parser.add_argument("--only", nargs="+", choices=list(STAGES), metavar="STAGE", help="these stages alone")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
     given = parser.parse_args(arguments)
     if given.rehearse and os.environ.get("TRITON_INTERPRET") != "1":  # Triton looks at it once, when it is imported
         command = [sys.executable, "-m", __package__, *(sys.argv[1:] if arguments is None else arguments)]
         os.execve(sys.executable, command, {**os.environ, "TRITON_INTERPRET": "1"})
-    deadline = time.monotonic() + 60 * given.minutes - _REPORT_SECONDS
+    minutes = given.minutes or (30.0 if given.rehearse else 8.0)
+    deadline = time.monotonic() + 60 * minutes - _REPORT_SECONDS
     _prepare(given)
-    if not given.rehearse and not _there_is_a_gpu(given.output):
-        parser.error("expected a GPU that torch can use, there is none; --rehearse runs without one")
+    if not given.rehearse and (reason := _why_no_gpu(given.output)):
+        parser.error(f"expected a GPU that torch can use ({reason}); --rehearse runs without one")
     ended: dict[str, Ended] = {}
     stopped = ""
     try:
@@ -105,19 +106,30 @@ def _prepare(given: argparse.Namespace) -> None:
         os.environ[name] = str((given.output / "cache" / name.split("_")[0].lower()).resolve())
 
 
-def _there_is_a_gpu(folder: Path) -> bool:
-    """Asked in a process of its own: once this one has looked, its forks cannot use what it found."""
+def _why_no_gpu(folder: Path) -> str:
+    """Why a fork of a fork cannot use a GPU; "" if it can.
 
-    def look(_job: Job) -> None:
-        sys.exit(0 if torch.cuda.is_available() else 1)
+    Asked in such a process: once this one has looked, or has imported something that does, its forks cannot use what
+    was found, and all the time would be lost.
+    """
+
+    def touch(_job: Job) -> None:
+        torch.zeros(1, device="cuda").sum().item()
+
+    def look(job: Job) -> None:
+        importlib.import_module(f"{__package__}.right")
+        process = start(job, touch)
+        process.join()
+        sys.exit(process.exitcode)
 
     job = Job(folder, "look", False, time.monotonic() + 60)
-    process = start(job, look)
+    process = start(job, look, own_group=True)
     process.join(60)
-    found = finish(process, job, kill_group).how == "finished"
+    how = finish(process, job, kill_group).how
+    reasons = [row["error"] for row in read_rows(folder / "look.jsonl")]
     for path in folder.glob("look.*"):
         path.unlink()
-    return found
+    return "" if how == "finished" else "; ".join(reasons) or how
 
 
 def run_stages(names: list[str], folder: Path, deadline: float, *, rehearsal: bool) -> Iterator[tuple[str, Ended]]:

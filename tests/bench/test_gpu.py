@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,10 +28,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1900)
 def test_a_rehearsal_runs_every_stage(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu", "--output", tmp_path, "--rehearse", "--minutes", "12"],
+        [sys.executable, "-m", "bench.gpu", "--output", tmp_path, "--rehearse"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -278,5 +279,8 @@ def test_without_a_gpu_it_says_so_at_once(stages, tmp_path, capsys):
     stages(never=_good)
     with pytest.raises(SystemExit):
         command.main(["--output", str(tmp_path)])
-    assert "expected a GPU that torch can use, there is none; --rehearse runs without one" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(
+        r"expected a GPU that torch can use \((Assertion|Runtime)Error: .*\); --rehearse runs without", said
+    )
     assert not list(tmp_path.iterdir())
