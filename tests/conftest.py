@@ -25,7 +25,7 @@ GOLDEN_DIR = Path(__file__).resolve().parents[2] / "shared" / "golden"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow: minutes each")
     parser.addoption(
-        "--fuzz-examples", type=int, default=30, metavar="N", help="cases that each test of random cases draws (30)"
+        "--fuzz-examples", type=int, default=50, metavar="N", help="cases that each test of random cases draws (50)"
     )
     parser.addoption(
         "--device",

@@ -153,7 +153,7 @@ def forward(
         q,
         k,
         v,
-        lse if sinks is None else sinks,
+        lse if sinks is None else sinks.contiguous(),
         out,
         lse,
         *(x.contiguous() for x in ranges),

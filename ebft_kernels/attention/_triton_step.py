@@ -218,7 +218,7 @@ def step(
         q,
         k,
         v,
-        out if sinks is None else sinks,
+        out if sinks is None else sinks.contiguous(),
         parts,
         lse,
         *(x.contiguous() for x in ranges),

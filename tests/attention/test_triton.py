@@ -428,3 +428,17 @@ def test_one_compiled_kernel_serves_ten_geometries(tmp_path):
     assert ast.literal_eval(kernels) == {
         f"strided_attention_{name}_kernel": number for names, number in ((once, 1), (twice, 2)) for name in names
     }
+
+
+def test_sinks_of_any_strides(device):
+    """Expanded and sliced: the kernels read one number per head, one after the other."""
+    layout = StridedLayout.strided(1, 5, context=2, stride=2, horizon=2, samples=1)
+    q, k, v = attention_inputs(layout)
+    for sinks in (torch.tensor([1.5], device=device).expand(4), torch.arange(8.0, device=device)[::2]):
+        out, plain = (strided_attention(q, k, v, layout, sinks=x, impl="triton") for x in (sinks, sinks.clone()))
+        assert torch.equal(out, plain)
+        rows = q[:, :, layout.length :: 2]
+        step, plain = (
+            strided_attention_step(rows, k, v, layout, 0, sinks=x, impl="triton") for x in (sinks, sinks.clone())
+        )
+        assert torch.equal(step, plain)
