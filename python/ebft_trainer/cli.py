@@ -90,10 +90,10 @@ _RECORDED = frozenset(
     "logging_steps save_steps save_total_limit report_to grad_norm_terms bf16 fp16 tf32 activation_checkpointing "
     "gradient_checkpointing use_liger_kernel torch_compile train_sampling_strategy length_column_name "
     "dataloader_drop_last full_determinism pad_to_multiple_of max_nonfinite_steps kl_reference "
-    "shard_feature_network".split()
+    "shard_feature_network log_completions".split()
 )
 _METHOD, _OTHERS = [x.name for x in fields(EBFTOptions)], "training and evaluation"
-_EVALUATION = ("per_device_eval_batch_size", "eval_rows", "eval_seed", "bf16")
+_EVALUATION = ("per_device_eval_batch_size", "eval_rows", "eval_seed", "log_completions", "bf16")
 
 _NO_RESULT = {"eval_loss", "eval_runtime", "eval_samples_per_second"}
 

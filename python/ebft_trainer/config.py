@@ -241,6 +241,9 @@ class EBFTConfig(EBFTOptions, TrainingArguments):
     logging_steps: float = option(10, "log every so many optimizer steps")
     logging_nan_inf_filter: bool = option(False, "log an average of earlier losses in place of NaN")
     eval_rows: int = option(64, "evaluate on this many rows, chosen once with eval_seed")
+    log_completions: bool = option(
+        False, "at each evaluation show what the model writes where it matches worst and best: terminal, file, report"
+    )
     grad_norm_terms: bool = option(
         False, "log the gradient norm of each term of the loss; one more backward pass per term, for logged steps only"
     )

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebft_kernels import StridedLayout, feature_matching
+from ebft_kernels import FeatureMatching, StridedLayout, feature_matching
 from ebft_kernels.pooling.modes import combine
 
+from .completions import Completions
 from .config import EBFTOptions
 from .features import FeatureMap, FeatureNetwork
 from .rollout import before_end, end_tokens, sample_rollouts
@@ -28,6 +29,7 @@ def evaluation_sums(
     *,
     generator: torch.Generator | None = None,
     verifier: Verifier | None = None,
+    completions: Completions | None = None,
 ) -> Tensor:
     """Sums over one batch, to be added up over batches and ranks and given to `evaluation_metrics`.
 
@@ -42,6 +44,7 @@ def evaluation_sums(
         options: how to sample and how to compare.
         generator: of the rollouts, on the model's device.
         verifier: whose rewards to measure too.
+        completions: is given the rollouts and how they match.
 
     Returns:
         [5 + 2 G] float32: nats, tokens, valid anchors; nats of the rollouts' tokens and these tokens, so weighted that
@@ -70,7 +73,9 @@ def evaluation_sums(
     # In its own precision, as in training, where autocast covers the model alone.
     with torch.autocast(prompt.device.type, enabled=False):
         features = _features_by_horizon(feature_network, prompt, tokens, layout, masks, options)
-        losses, alignments = _by_horizon(features, valid, options, groups=getattr(feature_network, "groups", 1))
+        losses, alignments, match = _by_horizon(features, valid, options, groups=getattr(feature_network, "groups", 1))
+    if completions is not None:
+        completions.add(prompt, tokens, layout, match, masks)
     share = weights[:, :, None].expand_as(tokens) * valid.sum() / layout.samples
     share = share if alive is None else share * alive
     sums = [-(log_probs * counted).sum(), counted.sum(), valid.sum(), -(rollout_log_probs * share).sum(), share.sum()]
@@ -114,8 +119,8 @@ def _features_by_horizon(
 
 def _by_horizon(
     features: Iterable[tuple[Tensor, Tensor]], valid: Tensor, options: EBFTOptions, *, groups: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Features of each horizon -> its summed loss and alignment."""
+) -> tuple[list[Tensor], list[Tensor], FeatureMatching]:
+    """Features of each horizon -> its summed loss and alignment; and all that is known of the last."""
     losses, alignments = [], []
     for pair in features:
         match = feature_matching(*pair, whitening=options.whitening, groups=groups, valid=valid)
@@ -123,7 +128,7 @@ def _by_horizon(
         loss, alignment = match.loss.flatten(2).mean(2) if match.loss.ndim > 2 else match.loss, match.alignment
         losses.append((loss * valid).sum())
         alignments.append((alignment.flatten(2).mean(2) * valid).sum())
-    return losses, alignments
+    return losses, alignments, match
 
 
 def pool_first_tokens(features: Tensor, counted: Tensor, horizon: int, pooling: str, *, groups: int = 1) -> Tensor:

@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .charts import COLORS, legend, line_chart, number_text, stacked_bars, template
 from .checkpoint import STATE_FILE
+from .completions import Anchor, ends, read_completions, rows_of
 from .monitor import LOG_FILE, Warned, log_line, read_log, warnings_of
 from .plots import write_file
 from .results import RESULT_FILE, RUN_FILE, flat, read_json_object, seconds_per_step
@@ -41,12 +42,14 @@ class Run:
         settings: option -> value.
         history: log lines, as of `transformers.TrainerState.log_history`; not finite numbers are NaN.
         warnings: what `warnings_of` says of them.
+        completions: what `read_completions` found.
     """
 
     name: str
     settings: dict[str, Any]
     history: list[dict[str, float]]
     warnings: list[Warned]
+    completions: dict[str, tuple[int, list[Anchor]]] = field(default_factory=dict)
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """(step, value) of every log line that has the metric."""
@@ -109,7 +112,7 @@ def _read_run(folder: Path, name: str) -> Run:
     if type(samples) is not int or samples < 1:
         raise ValueError(f"{folder / RUN_FILE}: expected options.samples as a number above 0, got {samples!r}")
     history = [{key: math.nan if value is None else value for key, value in line.items()} for line in history]
-    return Run(name, settings, history, warnings_of(history, samples))
+    return Run(name, settings, history, warnings_of(history, samples), read_completions(folder))
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
@@ -171,6 +174,23 @@ _CHARTS = template(
 )
 
 
+_COMPLETIONS = template(
+    """<h2>{{ heading }}</h2>
+{% for title, anchors in parts %}
+<h3>{{ title }}</h3>
+{% for prefix, rows in anchors %}
+<div class="wide"><table class="texts"><caption>{{ prefix }}</caption>
+<thead><tr><th scope="col">after this</th><th scope="col"></th><th scope="col">alignment</th><th scope="col">reward</th>
+<th scope="col"></th></tr></thead><tbody>
+{% for row in rows %}
+<tr><th scope="row">{{ row[1] }}</th><td>{{ row[0] }}</td>{% for cell in row[2:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endfor %}
+{% endfor %}"""
+)
+
+
 def report_page(runs: Sequence[Run]) -> str:
     """The whole page. Nothing in it is run or loaded, by its Content-Security-Policy too: it has one style sheet."""
     style = _style()
@@ -187,6 +207,7 @@ def report_page(runs: Sequence[Run]) -> str:
             _evaluations(runs),
             *_curves(runs),
             _seconds(runs),
+            *_completions(runs),
         ],
     )
 
@@ -255,6 +276,19 @@ def _by_horizon(runs: Sequence[Run]) -> Iterator[Markup]:
         yield line_chart(f"{metric} by horizon, last evaluation", "tokens of the rollout", curves)
 
 
+def _completions(runs: Sequence[Run]) -> Iterator[Markup]:
+    """What each run wrote in its last evaluation: the worst matches, then the best."""
+    for run in runs:
+        for name, (step, anchors) in run.completions.items():
+            heading = f"What the model writes: {run.name}, {name}, step {step}"
+            parts = [
+                (title, [(anchor.prefix, rows_of(anchor)) for anchor in part])
+                for title, part in ends(anchors).items()
+                if part
+            ]
+            yield _COMPLETIONS(heading=heading, parts=parts)
+
+
 def _seconds(runs: Sequence[Run]) -> Markup:
     bars = {run.name: seconds for run in runs if (seconds := seconds_per_step(run.history))}
     if not bars:
@@ -302,6 +336,8 @@ th,td{padding:.25em .9em;border-bottom:1px solid var(--rule);text-align:right}
 th:first-child{text-align:left;font-weight:400}thead th{font-weight:600!important}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,390px),1fr));gap:1rem 1.4rem}
 figure{margin:0}figcaption{font-weight:600;font-size:.9rem}
+.texts{margin:.6em 0 1.4em}.texts caption{text-align:left;white-space:pre-wrap;color:var(--soft)}
+.texts tbody th{white-space:pre-wrap;max-width:60em}
 svg.chart{width:100%;height:auto;display:block;overflow:visible}
 svg text{font-size:11px;fill:var(--soft);stroke:none}svg .axis{text-anchor:middle}svg .y{text-anchor:end}
 svg .grid{stroke:var(--rule);stroke-width:1}

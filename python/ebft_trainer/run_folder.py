@@ -19,6 +19,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from .checkpoint import UNFINISHED, CheckpointError
+from .completions import COMPLETIONS_FILE
 from .monitor import LOG_FILE
 from .results import CONFIG_FILE, MODEL_FOLDER, RESULT_FILE, RUN_FILE, flat, read_json_object
 
@@ -36,12 +37,12 @@ WHOLE, BLOCK = 2**30, 2**20
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
 _WRITTEN = re.compile(
-    rf"({RUN_FILE}|{CONFIG_FILE}|{RESULT_FILE}|{LOG_FILE}|{MODEL_FOLDER})(\.tmp)?|checkpoint-\d+|{UNFINISHED}"
+    rf"({RUN_FILE}|{CONFIG_FILE}|{RESULT_FILE}|{LOG_FILE}|{COMPLETIONS_FILE}|{MODEL_FOLDER})(\.tmp)?|checkpoint-\d+|{UNFINISHED}"
 )
 
 #: Training arguments in which a run may differ from the one that it resumes: how long, and what is told of it.
 MAY_CHANGE = frozenset(
-    "max_steps num_train_epochs logging_steps save_steps save_total_limit report_to grad_norm_terms "
+    "max_steps num_train_epochs logging_steps save_steps save_total_limit report_to log_completions grad_norm_terms "
     "max_nonfinite_steps activation_checkpointing gradient_checkpointing shard_feature_network".split()
 )
 

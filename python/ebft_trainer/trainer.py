@@ -18,6 +18,7 @@ from ebft_kernels.integrations.transformers import check_length, evaluation_mode
 from .calibration import BINS, calibration_error, calibration_sums
 from .card import model_card, write_card
 from .checkpoint import check_writable
+from .completions import Anchor, Completions, CompletionsFile, print_table, send
 from .config import EBFTConfig
 from .evaluate import evaluation_metrics, evaluation_sums
 from .feature_maps import build_feature_map
@@ -129,6 +130,8 @@ class EBFTTrainer(RecoveringTrainer):
         eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         datasets = {"train_dataset": train_dataset, **eval_datasets}
         longest = max(check_rows(name, dataset, collator) for name, dataset in datasets.items())
+        if args.log_completions and processing_class is None:
+            raise ValueError("processing_class: expected the tokenizer that log_completions decodes with, got None")
         if verifier is None and args.verifier is not None:
             verifier = load_verifier(args.verifier, processing_class)
         if args.verifier_coef and verifier is None:
@@ -184,6 +187,7 @@ class EBFTTrainer(RecoveringTrainer):
         self.model_accepts_loss_kwargs = True
         self._step_and_micro_batch = (-1, -1)
         self.add_callback(CollapseWarning)
+        self._completions = CompletionsFile(args.output_dir)
         self._weights_moved = WeightsMoved()
         self.add_callback(self._weights_moved)
 
@@ -362,18 +366,30 @@ class EBFTTrainer(RecoveringTrainer):
         self._say_what_holds()
         if self.is_world_process_zero():
             logger.info("evaluation: %d of %d rows (eval_rows)", len(rows), len(dataset))
-        sums = self._evaluation_sums(dataset, rows)
+        shown = None
+        if self.args.log_completions and self.is_world_process_zero():
+            shown = Completions(self.processing_class, self.options)
+        sums = self._evaluation_sums(dataset, rows, shown)
         metrics = evaluation_metrics(sums[: -3 * BINS], self.args.horizon)
         metrics["calibration_error"] = calibration_error(sums[-3 * BINS :])
         metrics["loss"] = metrics["cross_entropy"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         metrics.update(speed_metrics(metric_key_prefix, wall_clock, num_samples=len(rows)))
         self.log(metrics)
+        if shown is not None:
+            self._log_completions(shown.anchors(), metric_key_prefix)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._metrics.leave_out(time.perf_counter() - started)
         return metrics
 
-    def _evaluation_sums(self, dataset: Any, rows: Sequence[int]) -> Tensor:
+    def _log_completions(self, anchors: list[Anchor], name: str) -> None:
+        step = self.state.global_step
+        print_table(anchors, f"step {step}, {name}")
+        self._completions.write(anchors, name, step)
+        reported = {"report_to": self.args.report_to, "callbacks": self.callback_handler.callbacks}
+        send(anchors, f"{name}/completions", step, **reported)
+
+    def _evaluation_sums(self, dataset: Any, rows: Sequence[int], shown: Completions | None = None) -> Tensor:
         """The summed statistics of ``rows``; batches go to the ranks in turn, each rank runs equally many."""
         size, ranks = self.args.eval_batch_size, self.accelerator.num_processes
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -396,6 +412,7 @@ class EBFTTrainer(RecoveringTrainer):
                     self.options,
                     generator=generator,
                     verifier=self.verifier,
+                    completions=shown,
                 )
                 calibration = calibration_sums(
                     self.model_wrapped,

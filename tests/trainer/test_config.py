@@ -48,6 +48,7 @@ def test_the_config_adds_fields_to_training_arguments_and_changes_five_defaults(
     added = {f.name for f in fields(EBFTConfig)} - {f.name for f in fields(TrainingArguments)}
     assert added == {f.name for f in fields(EBFTOptions)} | {
         *("eval_rows", "eval_seed", "grad_norm_terms", "kl_reference", "max_nonfinite_steps", "pad_to_multiple_of"),
+        "log_completions",
         "shard_feature_network",
     }
     changed = {f.name for f in fields(plain) if getattr(config, f.name) != getattr(plain, f.name)}
