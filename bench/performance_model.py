@@ -17,9 +17,10 @@ from multiprocessing import get_context
 
 import torch
 
+from ebft_trainer.hardware import GPUS as DATA_SHEETS
+
 from ._attention_cost import ATTENTION_GOAL, KernelCost, attention_costs, mask_costs
 from ._cases import GEOMETRY, SHAPES
-from ._datasheets import ACCELERATORS
 from ._documents import DOCS, drift, table, write
 from ._log_probs_cost import LOG_PROBS_GOAL, LOG_PROBS_MEMORY, RATES, ROWS, log_probs_costs
 from ._memory_cost import MEMORY_GOAL, PASSES, MemoryCost, memory_cost
@@ -29,7 +30,7 @@ from .shapes import ModelShape
 COMMAND = "python -m bench.performance_model"
 DOCUMENT = DOCS / "performance-model.md"
 #: The GPU of the least times; for the one at hand ``python -m bench.gpu`` prints them beside what it measures.
-(H100,) = (gpu for gpu in ACCELERATORS if gpu.name == "H100 SXM")
+H100, ARCH = DATA_SHEETS["h100"], "sm_90"
 
 
 def main() -> None:
@@ -58,8 +59,8 @@ def document() -> str:
         log_probs_goal=LOG_PROBS_GOAL,
         log_probs_memory=LOG_PROBS_MEMORY / 1e6,
         gpu=H100.name,
-        arch=H100.arch,
-        bf16=H100.bf16 / 1e12,
+        arch=ARCH,
+        bf16=H100.rates[torch.bfloat16] / 1e12,
         bandwidth=H100.bandwidth / 1e12,
     )
     work = [(name, model) for name in sorted(PASSES, key=lambda name: "backward" not in name) for model in SHAPES]
@@ -96,7 +97,7 @@ def _attention(costs: dict[ModelShape, dict[str, list[KernelCost]]]) -> str:
     rows = []
     for model, by_arch in costs.items():
         heads = f"{model.heads}/{model.kv_heads} heads of {model.head_dim}"
-        for i, cost in enumerate(by_arch[H100.arch]):
+        for i, cost in enumerate(by_arch[ARCH]):
             ratios = {arch: here[i].done / here[i].operations for arch, here in by_arch.items()}
             rows.append(
                 (
@@ -117,7 +118,7 @@ def _attention(costs: dict[ModelShape, dict[str, list[KernelCost]]]) -> str:
 
 
 def _on_h100_and_worst(ratios: dict[str, float]) -> tuple[str, str]:
-    return f"{ratios[H100.arch]:.3f}", f"{max(ratios.values()):.3f}"
+    return f"{ratios[ARCH]:.3f}", f"{max(ratios.values()):.3f}"
 
 
 def _masks() -> str:

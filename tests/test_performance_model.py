@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import _attention_cost as cost
 from bench import _cases, _log_probs_cost, _memory_cost, performance_model
-from bench._datasheets import ACCELERATORS
 from bench._interpreted import counting
 from bench._targets import GPUS, Gpu
 from bench.shapes import Geometry, ModelShape, visible_pairs
@@ -213,7 +212,7 @@ def test_missed_goals_are_stated_in_the_document():
 
 
 def test_the_least_time_is_that_of_the_scarcest():
-    (h100,) = (x for x in ACCELERATORS if x.name == "H100 SXM")
+    h100 = performance_model.H100
     assert h100.microseconds(operations=989e6, moved=3350) == pytest.approx(1)
     assert h100.microseconds(operations=989e6, moved=2 * 3350e6 / 1e3 * 1e3) == pytest.approx(2000)
     assert h100.microseconds(double_operations=34e6 * 3, moved=1) == pytest.approx(3)

@@ -13,11 +13,11 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import ebft_kernels
 from ebft_kernels import StridedLayout, _triton
+from ebft_trainer import hardware
 
 from .. import _cases
 from ..__main__ import prepared
 from .._attention_cost import KernelCost, attention_costs, needed_step_pairs
-from .._datasheets import ACCELERATORS, Accelerator
 from .._log_probs_cost import ROWS, log_probs_costs
 from .._memory_cost import PASSES
 from .._targets import GPUS
@@ -48,10 +48,11 @@ def compile_all(job: Job) -> None:
     run(job, once=True)
 
 
-def accelerator(device: torch.device) -> Accelerator | None:
+def accelerator(device: torch.device) -> hardware.Device | None:
     """The data sheet of the GPU; None: there is none for it. A rehearsal takes some."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "H100"
-    return next((x for x in ACCELERATORS if x.name.split()[0] in name), None)
+    known = (x for x in hardware.GPUS.values() if torch.float64 in x.rates)
+    return next((x for x in known if x.name.split()[0] in name), None)
 
 
 def _flex_as_it_can_run(job: Job):

@@ -1,12 +1,15 @@
 """One optimizer step on the meta device: what it holds and does, found by running the step's own code without data.
 
 A tensor on torch's meta device has a shape, a dtype and a storage with a size, but no memory. Running the model there
-keeps exactly the tensors that a real step keeps, for as long, whatever the architecture; a dispatch mode adds them up.
-Only what the project's own ops hold inside them is not seen, since they are one op each: `_OP_WORKSPACE` has it.
+keeps exactly the tensors that a real step keeps, for as long, whatever the architecture; a dispatch mode adds them up,
+and the formulas of torch's FlopCounterMode count the products. (Not that mode itself: its hooks on modules keep tensors
+alive, half as many again under checkpointing.) What the project's own ops compute and hold inside them is not seen,
+since they are one op each: `_OPERATIONS` and `_WORKSPACE` have it.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections import Counter
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from ebft_kernels import StridedLayout, feature_matching, linear_log_probs, select_impl
 from ebft_kernels.integrations.transformers import StridedCache, hidden_states
@@ -28,10 +32,17 @@ from .config import EBFTOptions
 from .features import FeatureNetwork
 from .rollout import draws_by_blocks, rows_at_once
 
-OBJECTIVES = ("ebft", "sft", "rlvr")
+#: "whole_response": reinforcement learning on whole responses, not the trainer's objective "rlvr" of strided rollouts.
+OBJECTIVES = ("ebft", "sft", "whole_response")
 WEIGHTS, FEATURE_NETWORK, GRADIENTS, OPTIMIZER = "weights", "feature network", "gradients", "optimizer states"
 CACHE, ACTIVATIONS, WORKSPACE = "rollouts' keys and values", "activations", "workspace"
 PARTS = (WEIGHTS, FEATURE_NETWORK, OPTIMIZER, GRADIENTS, CACHE, ACTIVATIONS, WORKSPACE)
+#: Kind -> what is counted as it.
+OPERATIONS = {
+    "linear": "2 x rows x columns x depth of every product of the model, as torch's FlopCounterMode counts them",
+    "head": "2 x head rows x V x C x passes",
+    "attention": "2 x heads x (D + Dv) x visible pairs of a query and a key, 5/2 of it in the backward pass",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +50,16 @@ class Job:
     """What one process does in one optimizer step.
 
     Attributes:
-        objective: "ebft"; "sft": cross-entropy on the rows; "rlvr": ``samples`` whole responses to each row's first
-            ``prompt_tokens`` tokens, as long as the rest of the row, scored in one pass; the verifier is free.
+        objective: "ebft"; "sft": cross-entropy on the rows; "whole_response": ``samples`` whole responses to each row's
+            first ``prompt_tokens`` tokens, as long as the rest of the row, scored in one pass; the verifier is free.
         batch: rows.
         length: tokens per row.
         options: the method's.
-        prompt_tokens: of RLVR's rows.
+        prompt_tokens: of the rows with whole responses.
         checkpointing: whether only the blocks' inputs are kept for the backward pass.
     """
 
-    objective: str
+    objective: str = "ebft"
     batch: int
     length: int
     options: EBFTOptions
@@ -58,38 +69,13 @@ class Job:
     def layout(self) -> StridedLayout:
         """The packed rows, on the CPU."""
         options = self.options
-        if self.objective == "rlvr":
+        if self.objective == "whole_response":
             anchors = torch.full((self.batch, 1), self.prompt_tokens)
             horizon = self.length - self.prompt_tokens
             return StridedLayout.from_anchors(anchors, self.prompt_tokens, horizon=horizon, samples=options.samples)
-        layout = StridedLayout.strided(
-            self.batch,
-            self.length,
-            context=options.context,
-            stride=options.stride,
-            horizon=options.horizon,
-            samples=options.samples,
-        )
+        geometry = {name: getattr(options, name) for name in ("context", "stride", "horizon", "samples")}
+        layout = StridedLayout.strided(self.batch, self.length, **geometry)
         return layout.prompt_only() if self.objective == "sft" else layout
-
-    @property
-    def scores_prompt(self) -> bool:
-        """Whether the text itself is scored too."""
-        return self.objective == "sft" or (self.objective == "ebft" and self.options.ce_coef > 0)
-
-    @property
-    def samples_rollouts(self) -> bool:
-        """Whether the step begins with rollouts."""
-        return self.objective != "sft"
-
-
-class Attention(NamedTuple):
-    """One call of strided attention: query heads, size of their keys and values, sliding window."""
-
-    heads: int
-    key_size: int
-    value_size: int
-    window: int | None
 
 
 @dataclass
@@ -97,18 +83,20 @@ class Phase:
     """One phase of a step.
 
     Attributes:
+        times: how often it runs in a step.
+        rows: token rows that run through the model's blocks, all times together.
+        operations: kind -> floating-point operations, all times together, by `OPERATIONS`.
         peak: part -> bytes at the moment when most is held.
-        ops: that read or write memory.
-        traffic: bytes of their inputs and outputs.
-        attention: the calls of a forward pass.
-        times: how often the phase runs in a step.
+        ops: that read or write memory, once.
+        traffic: bytes of their inputs and outputs, once.
     """
 
+    times: int = 1
+    rows: int = 0
+    operations: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(OPERATIONS, 0)))
     peak: Counter[str] = field(default_factory=Counter)
     ops: int = 0
     traffic: int = 0
-    attention: list[Attention] = field(default_factory=list)
-    times: int = 1
 
     @property
     def bytes(self) -> int:
@@ -128,11 +116,6 @@ class DryRun:
     phases: dict[str, Phase]
     saved: int
 
-    @property
-    def peak(self) -> Phase:
-        """The phase that needs the most memory."""
-        return max(self.phases.values(), key=lambda phase: phase.bytes)
-
 
 def dry_run(model: nn.Module, feature_network: FeatureNetwork | None, job: Job, *, on_cpu: bool) -> DryRun:
     """Run one step of ``job`` with AdamW, whose states exist already.
@@ -148,78 +131,100 @@ def dry_run(model: nn.Module, feature_network: FeatureNetwork | None, job: Job, 
         WEIGHTS: sum(x.nbytes for x in (*model.parameters(), *model.buffers())),
         OPTIMIZER: 2 * sum(x.nbytes for x in trained),
     }
-    ledger = _Ledger(on_cpu)
+    ledger = _Ledger(job.batch, on_cpu)
     ledger.keep(model)
     if feature_network is not None:
         ledger.keep(feature_network)
         own = (*feature_network.parameters(), *feature_network.buffers())
         fixed[FEATURE_NETWORK] = sum(x.nbytes for x in own)
-    layout = job.layout().to("meta")
+    rows = _rows_of(job)
     with ledger:
-        if job.samples_rollouts:
-            _run_rollouts(ledger, model, layout, job.options)
+        if job.objective != "sft":
+            _run_rollouts(ledger, model, rows, job.options)
         kept = []
         if feature_network is not None:
-            with ledger.phase("features"):
-                features = feature_network(_tokens(layout, layout.packed_length), layout)
+            with ledger.phase("features", rows.whole.visible_pairs):
+                features = feature_network(ledger.tokens(rows.meta.packed_length), rows.meta)
                 kept += feature_matching(*features, whitening=job.options.whitening, groups=feature_network.groups)
                 del features
-        saved = _run_policy(ledger, model, layout, job, trained)
+        saved = _run_policy(ledger, model, rows, job, trained)
     for phase in ledger.phases.values():
         phase.peak.update(fixed)
     return DryRun(ledger.phases, saved)
 
 
-def _tokens(layout: StridedLayout, rows: int) -> Tensor:
-    return torch.zeros(layout.batch_size, rows, dtype=torch.int64, device="meta")
+class _Rows(NamedTuple):
+    """Packed rows on the meta device, to be run; on the CPU, to count pairs: whole, without rollouts, as scored."""
+
+    meta: StridedLayout
+    whole: StridedLayout
+    prompt: StridedLayout
+    scored: StridedLayout
+
+
+def _rows_of(job: Job) -> _Rows:
+    layout = job.layout()
+    return _Rows(layout.to("meta"), layout, layout.prompt_only(), _scored(layout, job))
+
+
+def _scored(layout: StridedLayout, job: Job) -> StridedLayout:
+    return layout if job.objective == "sft" else layout.without_last_step()
 
 
 @torch.no_grad()
-def _run_rollouts(ledger: _Ledger, model: nn.Module, layout: StridedLayout, options: EBFTOptions) -> None:
+def _run_rollouts(ledger: _Ledger, model: nn.Module, rows: _Rows, options: EBFTOptions) -> None:
     """As `sample_rollouts`, with one decoding step for all: each needs the same memory."""
     model.eval()
-    head = model.get_output_embeddings().weight
-    rollouts = layout.num_anchors * layout.samples
-    with ledger.phase("rollout: prompt"):
+    layout, steps = rows.meta, rows.meta.horizon - 1
+    with ledger.phase("rollout: prompt", rows.prompt.visible_pairs):
         cache = StridedCache(layout)
-        rows = layout.anchor_rows(hidden_states(model, _tokens(layout, layout.length), layout, cache=cache))
+        hidden = layout.anchor_rows(hidden_states(model, ledger.tokens(layout.length), layout, cache=cache))
         ledger.tag(CACHE, *(x for layer in cache.layers for x in (layer.keys, layer.values)))
-        ledger.transient(_sampling_workspace(ledger.on_cpu, rows[..., 0].numel(), head, options))
-    if layout.horizon > 1:
-        with ledger.phase("rollout: steps", times=layout.horizon - 1):
-            rows = hidden_states(model, _tokens(layout, rollouts), layout, cache=cache, step=layout.horizon - 2)
-            ledger.transient(_sampling_workspace(ledger.on_cpu, rows[..., 0].numel(), head, options))
+        _sample(ledger, hidden, model.get_output_embeddings().weight, options)
+    if not steps:
+        return
+    pairs = lambda window: rows.scored.visible_pairs(window) - rows.prompt.visible_pairs(window)  # noqa: E731
+    with ledger.phase("rollout: steps", pairs, times=steps):
+        tokens = ledger.tokens(layout.num_anchors * layout.samples)
+        hidden = hidden_states(model, tokens, layout, cache=cache, step=steps - 1)
+        _sample(ledger, hidden, model.get_output_embeddings().weight, options)
 
 
-def _sampling_workspace(on_cpu: bool, rows: int, head: Tensor, options: EBFTOptions) -> int:
-    """Bytes for the logits of a chunk of rows, which become their probabilities; compiled code needs none unless they
-    are cut off. Greedy rollouts have all log-probabilities beside them."""
-    numbers = min(rows, rows_at_once(head.shape[0])) * head.shape[0]
+def _sample(ledger: _Ledger, hidden: Tensor, head: Tensor, options: EBFTOptions) -> None:
+    """The head's products for a chunk of rows, and their logits, which become probabilities.
+
+    Compiled code needs nothing for the latter unless they are cut off; greedy rollouts have all log-probabilities too.
+    """
+    count = hidden[..., 0].numel()
+    ledger.now.operations["head"] += 2 * ledger.now.times * count * head.numel()
+    numbers = min(count, rows_at_once(head.shape[0])) * head.shape[0]
     narrow, wide = head.dtype.itemsize, max(4, head.dtype.itemsize)
-    if on_cpu and head.dtype != torch.float16 and draws_by_blocks(options, "cpu", head.dtype):
-        return numbers * narrow
-    return numbers * (wide + (narrow if narrow < wide else 0) + (0 if options.temperature else wide))
+    if not (ledger.on_cpu and head.dtype != torch.float16 and draws_by_blocks(options, "cpu", head.dtype)):
+        numbers *= wide + (narrow if narrow < wide else 0) + (0 if options.temperature else wide)
+        narrow = 1
+    ledger.transient(numbers * narrow)
 
 
-def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: Job, trained: list[nn.Parameter]) -> int:
+def _run_policy(ledger: _Ledger, model: nn.Module, rows: _Rows, job: Job, trained: list[nn.Parameter]) -> int:
     """The policy's forward pass, its log-probabilities and the backward pass; returns the bytes that are saved."""
     model.train()
     head = model.get_output_embeddings().weight
     before = ledger.held
-    with ledger.phase("policy"):
-        short = layout if job.objective == "sft" else layout.without_last_step()
-        hidden = hidden_states(model, _tokens(short, short.packed_length), short)
+    with ledger.phase("policy", rows.scored.visible_pairs) as forward:
+        short = _scored(rows.meta, job)
+        hidden = hidden_states(model, ledger.tokens(short.packed_length), short)
         scored = []
-        if job.samples_rollouts:
-            scored.append(layout.distinct_predictors(hidden))
-        if job.scores_prompt:
-            scored.append((hidden[:, : layout.length - 1], None))
+        if job.objective != "sft":
+            scored.append(rows.meta.distinct_predictors(hidden))
+        if job.objective == "sft" or (job.objective == "ebft" and job.options.ce_coef > 0):
+            scored.append((hidden[:, : short.length - 1], None))
         del hidden
-        loss = sum(_score(x, head, rows, _softcap(model)).mean() for x, rows in scored)
+        loss = sum(_score(x, head, index, _softcap(model)).mean() for x, index in scored)
         del scored
     saved = ledger.held - before
     hooks = [x.register_post_accumulate_grad_hook(lambda x: ledger.tag(GRADIENTS, x.grad)) for x in trained]
-    with ledger.phase("backward"):
+    with ledger.phase("backward", rows.scored.visible_pairs) as phase:
+        phase.rows = forward.rows * job.checkpointing
         loss.backward()
     with ledger.phase("optimizer") as phase:  # one fused op: reads weights, gradients, states, writes all but gradients
         phase.ops, phase.traffic = 1, 7 * sum(x.nbytes for x in trained)
@@ -229,9 +234,9 @@ def _run_policy(ledger: _Ledger, model: nn.Module, layout: StridedLayout, job: J
     return saved
 
 
-def _score(hidden: Tensor, head: Tensor, rows: Tensor | None, softcap: float | None) -> Tensor:
-    targets = torch.zeros_like(hidden[..., 0] if rows is None else rows, dtype=torch.int64)
-    return linear_log_probs(hidden, head, targets, rows=rows, softcap=softcap)
+def _score(hidden: Tensor, head: Tensor, index: Tensor | None, softcap: float | None) -> Tensor:
+    targets = torch.zeros_like(hidden[..., 0] if index is None else index, dtype=torch.int64)
+    return linear_log_probs(hidden, head, targets, rows=index, softcap=softcap)
 
 
 def _softcap(model: nn.Module) -> float | None:
@@ -244,11 +249,11 @@ def _softcap(model: nn.Module) -> float | None:
 class _Ledger(TorchDispatchMode):
     """Bytes of every storage that is alive, by part, and their highest sum in each phase."""
 
-    def __init__(self, on_cpu: bool) -> None:
+    def __init__(self, batch: int, on_cpu: bool) -> None:
         super().__init__()
         self.phases: dict[str, Phase] = {}
-        self.on_cpu = on_cpu
-        self._phase = Phase()
+        self.batch, self.on_cpu = batch, on_cpu
+        self.now = Phase()
         self._parts: Counter[str] = Counter()
         self._storages: dict[int, tuple[str, int]] = {}
         self._known: set[int] = set()
@@ -263,24 +268,32 @@ class _Ledger(TorchDispatchMode):
         self._known.update(_storage(x)._cdata for x in (*module.parameters(), *module.buffers()))
 
     @contextmanager
-    def phase(self, name: str, times: int = 1) -> Iterator[Phase]:
-        """What follows is this phase."""
-        self._phase = self.phases[name] = Phase(peak=+self._parts, times=times)
-        yield self._phase
+    def phase(
+        self, name: str, pairs: Callable[[int | None], int] = lambda _window: 0, *, times: int = 1
+    ) -> Iterator[Phase]:
+        """What follows is this phase, in which attention sees so many pairs, all ``times`` together."""
+        phase = self.now = self.phases[name] = Phase(times, peak=+self._parts)
+        self._pairs = functools.cache(pairs)
+        yield phase
+
+    def tokens(self, count: int) -> Tensor:
+        """[B, count], to be run through the model."""
+        self.now.rows += self.batch * count * self.now.times
+        return torch.zeros(self.batch, count, dtype=torch.int64, device="meta")
 
     def tag(self, part: str, *tensors: Tensor) -> None:
         """Count the storages of ``tensors`` to ``part`` from now on, and in the peak of the current phase."""
         for x in tensors:
             before, size = self._storages[_storage(x)._cdata]
             self._storages[_storage(x)._cdata] = part, size
-            for parts in (self._parts, self._phase.peak):
+            for parts in (self._parts, self.now.peak):
                 parts[before] -= size
                 parts[part] += size
 
     def transient(self, size: int) -> None:
         """``size`` bytes are held for a moment."""
-        if self.held + size > self._phase.bytes:
-            self._phase.peak = self._parts + Counter({WORKSPACE: size})
+        if self.held + size > self.now.bytes:
+            self.now.peak = self._parts + Counter({WORKSPACE: size})
 
     def __torch_dispatch__(
         self, op: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -288,19 +301,30 @@ class _Ledger(TorchDispatchMode):
         """Run one op and enter its outputs."""
         out = op(*args, **(kwargs or {}))
         name = op.name().removeprefix("ebft_kernels::")
-        if name in ("strided_attention", "strided_attention_step"):
-            q, v = args[0], args[2]
-            window = args[13] if name.endswith("_step") else args[12]
-            self._phase.attention.append(Attention(q.shape[1], q.shape[3], v.shape[3], window))
         outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for x in outputs:
             self._enter(_storage(x))
         if not op.is_view:
-            self._phase.ops += 1
+            self.now.ops += 1
             tensors = (*outputs, *(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)))
-            self._phase.traffic += sum(min(x.nbytes, _storage(x).nbytes()) for x in tensors)
-        self.transient(_OP_WORKSPACE[name](self.on_cpu, *args) if name in _OP_WORKSPACE else 0)
+            self.now.traffic += sum(min(x.nbytes, _storage(x).nbytes()) for x in tensors)
+            self._count(op, name, out, args, kwargs or {})
+        self.transient(_WORKSPACE[name](self.on_cpu, *args) if name in _WORKSPACE else 0)
         return out
+
+    def _count(self, op: Any, name: str, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the operations of one op."""
+        operations, times = self.now.operations, self.now.times
+        if name in _OPERATIONS:
+            operations["head"] += times * _OPERATIONS[name](*args)
+        elif name in _WINDOW:
+            q, v = (args[1], args[3]) if name.endswith("backward") else (args[0], args[2])
+            once = 2 * q.shape[1] * (q.shape[3] + v.shape[3]) * self._pairs(args[_WINDOW[name]])
+            operations["attention"] += once * 5 // 2 if name.endswith("backward") else once
+        elif name == "aten::_grouped_mm":  # each row with one expert, in the weights' gradient each column
+            operations["linear"] += times * 2 * args[0].numel() * args[1].shape[-1]
+        elif op.overloadpacket in flop_registry:
+            operations["linear"] += times * flop_registry[op.overloadpacket](*args, **kwargs, out_val=out)
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -391,8 +415,17 @@ def _padded(size: int) -> int:
 
 # Of the compiled attention: sizes are multiples of the first, the prompt's keys have about so many sums of gradients.
 _PANEL, _PARTS = 32, 16
+# Op -> its products: of the logits, which the backward pass computes again, and of the gradients that are needed.
+_OPERATIONS: dict[str, Callable[..., int]] = {
+    "linear_log_probs": lambda hidden, weight, *_: 2 * hidden.shape[0] * weight.numel(),
+    "linear_log_probs_backward": lambda _grad, _statistics, hidden, weight, _targets, _rows, _bias, needs, *_: (
+        2 * hidden.shape[0] * weight.numel() * (1 + sum(needs[:2]))
+    ),
+}
+# Op -> the place of its sliding window.
+_WINDOW = {"strided_attention": 12, "strided_attention_step": 13, "strided_attention_backward": 15}
 # Op -> what it holds besides its inputs and outputs, in bytes, from whether it runs on a CPU and its arguments.
-_OP_WORKSPACE: dict[str, Callable[..., int]] = {
+_WORKSPACE: dict[str, Callable[..., int]] = {
     "linear_log_probs": _log_probs,
     "linear_log_probs_backward": _log_probs_backward,
     "strided_attention": _attention,

@@ -1,4 +1,4 @@
-"""What accelerators' data sheets promise, and what part of it a training step may be expected to reach."""
+"""What accelerators' data sheets promise, for the plan and for `bench`, and what part of it a training step reaches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Device(NamedTuple):
     Attributes:
         name: of the product.
         memory: bytes.
-        rates: dtype -> operations per second of dense matrix products.
+        rates: dtype -> operations per second of dense matrix products; float64: of the ordinary units.
         bandwidth: bytes per second of the main memory.
         seconds_per_op: that a fast host needs to start one op.
         overlaps: whether the host prepares the next op while the device runs this one.
@@ -29,22 +29,28 @@ class Device(NamedTuple):
     seconds_per_op: float
     overlaps: bool = True
 
+    def microseconds(self, *, operations: float = 0, double_operations: float = 0, moved: float = 0) -> float:
+        """The least time for ``operations`` in bfloat16, some in float64 and ``moved`` bytes, all overlapped."""
+        in_double = double_operations and double_operations / self.rates[torch.float64]
+        return 1e6 * max(operations / self.rates[torch.bfloat16], in_double, moved / self.bandwidth)
 
-def _gpu(name: str, gigabytes: float, half: float, single: float, gigabytes_per_second: float) -> Device:
-    rates = {torch.bfloat16: half * 1e12, torch.float16: half * 1e12, torch.float32: single * 1e12}
-    return Device(name, gigabytes * 1e9, rates, gigabytes_per_second * 1e9, seconds_per_op=7e-6)
+
+def _gpu(name: str, gigabytes: float, bandwidth: float, half: float, single: float, double: float = 0) -> Device:
+    rates = {torch.bfloat16: half, torch.float16: half, torch.float32: single, torch.float64: double}
+    rates = {dtype: rate * 1e12 for dtype, rate in rates.items() if rate}
+    return Device(name, gigabytes * 1e9, rates, bandwidth * 1e9, seconds_per_op=7e-6)
 
 
 #: NVIDIA A100, H100, H200, HGX B200, L40S data sheets and Ada white paper (dense: half of the rates "with sparsity"),
-#: AMD MI300X data sheet. TFLOP/s of 16-bit products with float32 sums and of float32 without TF32.
+#: AMD MI300X data sheet. GB, GB/s, TFLOP/s of 16-bit products with float32 sums, of float32 without TF32, of float64.
 GPUS = {
-    "a100": _gpu("A100 80GB SXM", 80, 312, 19.5, 2039),
-    "h100": _gpu("H100 SXM", 80, 989, 67, 3350),
-    "h200": _gpu("H200", 141, 989, 67, 4800),
-    "b200": _gpu("B200", 180, 2250, 75, 8000),
-    "l40s": _gpu("L40S", 48, 362, 91.6, 864),
-    "rtx4090": _gpu("RTX 4090", 24, 165, 82.6, 1008),
-    "mi300x": _gpu("MI300X", 192, 1307, 163.4, 5300),
+    "a100": _gpu("A100 80GB SXM", 80, 2039, 312, 19.5, 9.7),
+    "h100": _gpu("H100 SXM", 80, 3350, 989, 67, 34),
+    "h200": _gpu("H200", 141, 4800, 989, 67, 34),
+    "b200": _gpu("B200", 180, 8000, 2250, 75, 37),
+    "l40s": _gpu("L40S", 48, 864, 362, 91.6),
+    "rtx4090": _gpu("RTX 4090", 24, 1008, 165, 82.6),
+    "mi300x": _gpu("MI300X", 192, 5300, 1307, 163.4, 81.7),
 }
 
 

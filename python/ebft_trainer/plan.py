@@ -20,10 +20,9 @@ from ebft_kernels.integrations.transformers import decoder_layers
 from .arguments import given
 from .cli_model import DTYPES
 from .config import EBFTConfig, EBFTOptions, checkpointing_field, option
-from .costs import FORMULAS, Cost, phase_costs, seconds
-from .dry_run import GRADIENTS, OBJECTIVES, OPTIMIZER, PARTS, WEIGHTS, DryRun, Job, Phase, dry_run
+from .dry_run import GRADIENTS, OBJECTIVES, OPERATIONS, OPTIMIZER, PARTS, WEIGHTS, DryRun, Job, Phase, dry_run
 from .features import FeatureNetwork
-from .hardware import FAST, GPUS, SLOW, Device, device
+from .hardware import FAST, GPUS, SLOW, Device, Efficiency, device
 from .plots import table
 
 #: Of a GPU's memory, what a step may fill: the rest is for the driver, the libraries and what the allocator wastes.
@@ -32,37 +31,27 @@ USABLE = 0.9
 _MOST_ROWS = 1 << 16
 #: The method's options that change what a step needs.
 PLAN_OPTIONS = ("context", "stride", "horizon", "samples", "feature_layers", "pooling", "normalize", "ce_coef")
-_TITLES = {"ebft": "EBFT", "sft": "SFT", "rlvr": "RLVR"}
+_TITLES = {"ebft": "EBFT", "sft": "SFT", "whole_response": "whole-response RL"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What `plan` is asked about.
+class Setup(Job):
+    """What `plan` is asked about: one process's share of a step, and where it runs.
 
     Attributes:
         config: the model's, of transformers.
-        options: the method's.
         dtype: of weights, gradients, optimizer states and activations.
-        batch: rows per process.
-        length: tokens per row.
-        prompt_tokens: of RLVR's rows; the rest of a row is the response.
         device: one of them.
         count: of devices.
         sharded: whether weights, gradients and optimizer states are divided among them (FSDP2).
-        checkpointing: whether only the blocks' inputs are kept for the backward pass.
         lora_rank: of adapters on all linear layers; 0: all weights are trained.
     """
 
     config: Any
-    options: EBFTOptions
     dtype: torch.dtype
-    batch: int
-    length: int
-    prompt_tokens: int
     device: Device
     count: int = 1
     sharded: bool = False
-    checkpointing: bool = False
     lora_rank: int = 0
 
     def __post_init__(self) -> None:
@@ -78,16 +67,9 @@ class Setup:
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank: expected at least 0, got {self.lora_rank}")
 
-    def job(self, objective: str) -> Job:
-        """One process's share of a step."""
-        return Job(
-            objective=objective,
-            batch=self.batch,
-            length=self.length,
-            options=self.options,
-            prompt_tokens=self.prompt_tokens,
-            checkpointing=self.checkpointing,
-        )
+    def job(self, objective: str) -> Setup:
+        """The same with another objective."""
+        return replace(self, objective=objective)
 
 
 class Planner:
@@ -128,10 +110,6 @@ class Planner:
         """The dry run of ``job``."""
         getattr(self.model, _checkpointing_method(job.checkpointing))()
         return dry_run(self.model, self.network if job.objective == "ebft" else None, job, on_cpu=on_cpu)
-
-    def costs(self, run: DryRun, job: Job) -> dict[str, Cost]:
-        """Operations of its phases."""
-        return phase_costs(self.model, run, job, deepest=max(self.network.layers))
 
 
 def _checkpointing_method(on: bool) -> str:
@@ -191,26 +169,37 @@ def predictions(planner: Planner, setup: Setup) -> dict[str, dict[str, Any]]:
 
 def _prediction(planner: Planner, setup: Setup, name: str) -> dict[str, Any]:
     run = planner.run(setup.job(name), not setup.device.overlaps)
-    costs = planner.costs(run, setup.job(name))
-    phases = {}
-    for phase_name, phase in run.phases.items():
-        cost = costs.get(phase_name, Cost(0, 0, 0, 0))
-        phases[phase_name] = {
-            **cost._asdict(),
+    phases = {
+        phase_name: {
+            "rows": phase.rows,
+            **phase.operations,
             "times": phase.times,
             "peak_bytes": sum(held(planner, setup, phase).values()),
-            "seconds": [seconds(phase, cost, setup.device, setup.dtype, reached) for reached in (FAST, SLOW)],
+            "seconds": [seconds(phase, setup.device, setup.dtype, reached) for reached in (FAST, SLOW)],
         }
+        for phase_name, phase in run.phases.items()
+    }
     memory = max((held(planner, setup, phase) for phase in run.phases.values()), key=lambda parts: sum(parts.values()))
     return {
-        "tokens": sum(cost.rows for cost in costs.values()),
-        "operations": sum(cost.operations for cost in costs.values()),
+        "tokens": sum(phase.rows for phase in run.phases.values()),
+        "operations": sum(phase.operations.total() for phase in run.phases.values()),
         "seconds": [sum(phase["seconds"][end] for phase in phases.values()) for end in (0, 1)],
         "peak_bytes": sum(memory.values()),
         "memory": memory,
         "saved_bytes_per_block": run.saved // len(decoder_layers(planner.model)),
         "phases": phases,
     }
+
+
+def seconds(phase: Phase, device: Device, dtype: torch.dtype, reached: Efficiency) -> float:
+    """Time of one phase, all its repetitions: products, memory traffic, and the start of every op.
+
+    An accelerator computes while the host starts the next ops, so the slower of the two counts; on a CPU both do.
+    """
+    computing = phase.operations.total() / (device.rates[dtype] * reached.products)
+    moving = phase.times * phase.traffic / (device.bandwidth * reached.bandwidth)
+    starting = phase.times * phase.ops * device.seconds_per_op * reached.starts
+    return max(computing + moving, starting) if device.overlaps else computing + moving + starting
 
 
 def held(planner: Planner, setup: Setup, phase: Phase) -> dict[str, int]:
@@ -279,8 +268,9 @@ def assumptions(setup: Setup) -> list[str]:
         "freed memory come on top",
         "rows are full: no padding, one document each",
         "AdamW with two states in the weights' dtype; no autocast; no gradient accumulation",
-        f"RLVR: {setup.options.samples} responses of {setup.length - setup.prompt_tokens} tokens to a prompt of "
-        f"{setup.prompt_tokens}, sampled and scored by this package, prompt once; none ends early, free verifier",
+        f"whole-response RL: {setup.options.samples} responses of {setup.length - setup.prompt_tokens} tokens to a "
+        f"prompt of {setup.prompt_tokens}, sampled and scored by this package, prompt once; none ends early, free "
+        "verifier",
         "features are hidden states; no reference model (kl_coef 0)",
     ]
     if setup.count > 1:
@@ -309,7 +299,7 @@ class PlanArguments:
     fsdp: bool = option(False, "divide weights, gradients and optimizer states (FSDP2)")
     dtype: str = option("float32", "of the weights", DTYPES)
     lora_rank: int = option(0, "adapters on all linear layers; 0: none")
-    prompt_tokens: int | None = option(None, "of RLVR's rows; default: half of --length")
+    prompt_tokens: int | None = option(None, "of whole-response RL; default: half of --length")
     json: bool = option(False, "print everything as JSON")
 
 
@@ -368,7 +358,7 @@ def plan_text(result: dict[str, Any]) -> str:
             head,
             _objectives_table(result["objectives"]),
             *(_phases_table(name, objective) for name, objective in result["objectives"].items()),
-            "operations:\n" + "\n".join(f"  {name}: {formula}" for name, formula in FORMULAS.items()),
+            "operations:\n" + "\n".join(f"  {name}: {formula}" for name, formula in OPERATIONS.items()),
             _memory_table(result["objectives"]),
             f"EBFT within {_gib(usable)} GiB ({USABLE:.0%} of the memory):\n"
             + _suggestions_text(result["suggestions"]),
@@ -397,13 +387,13 @@ def _phases_table(name: str, objective: dict[str, Any]) -> str:
         [
             f"{phase_name}{' x ' + str(phase['times']) if phase['times'] > 1 else ''}",
             f"{phase['rows']}",
-            *(f"{phase[kind] / 1e12:.4g}" for kind in FORMULAS),
+            *(f"{phase[kind] / 1e12:.4g}" for kind in OPERATIONS),
             _range(phase["seconds"]),
             _gib(phase["peak_bytes"]),
         ]
         for phase_name, phase in objective["phases"].items()
     ]
-    return table([_TITLES[name], "token rows", *(f"{kind} TFLOP" for kind in FORMULAS), "seconds", "peak GiB"], lines)
+    return table([_TITLES[name], "token rows", *(f"{kind} TFLOP" for kind in OPERATIONS), "seconds", "peak GiB"], lines)
 
 
 def _memory_table(objectives: dict[str, Any]) -> str:

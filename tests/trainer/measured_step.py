@@ -45,7 +45,7 @@ def main(setting: dict) -> dict:
     return {"peak": peak, "seconds": {name: min(timed(getattr(run, name)) for _ in range(2)) for name in OBJECTIVES}}
 
 
-OBJECTIVES = ("ebft", "sft", "rlvr")
+OBJECTIVES = ("ebft", "sft", "whole_response")
 
 
 class Run:
@@ -62,8 +62,8 @@ class Run:
         options = EBFTOptions(rl_coef=0.0, ce_coef=1.0)
         self.update(ebft_step(self.model, None, self.prompt, self.job.layout(), options).loss)
 
-    def rlvr(self):
-        layout = Job(**{**vars(self.job), "objective": "rlvr"}).layout()
+    def whole_response(self):
+        layout = Job(**{**vars(self.job), "objective": "whole_response"}).layout()
         prompt = self.prompt[:, : layout.length]
         rollouts, _ = sample_rollouts(self.model, prompt, layout, temperature=1.0)
         self.update(policy_log_probs(self.model, prompt, rollouts, layout)[0].mean())

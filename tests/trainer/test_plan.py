@@ -16,12 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from bench._datasheets import ACCELERATORS
+from bench import performance_model
+from bench.gpu import kernels
 from ebft_kernels import available_impls
 from ebft_kernels.testing import LAYOUTS
 from ebft_trainer import cli
 from ebft_trainer.config import EBFTOptions
-from ebft_trainer.costs import matrix_weights
 from ebft_trainer.dry_run import FEATURE_NETWORK, GRADIENTS, OBJECTIVES, OPTIMIZER, PARTS, WEIGHTS
 from ebft_trainer.hardware import FAST, GPUS, SLOW, device
 from ebft_trainer.plan import USABLE, Planner, Setup, held, largest_batch, plan, predictions, read_config, suggestions
@@ -146,30 +146,51 @@ def test_workspace_of_attention_is_what_it_takes():
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("checkpointing", [False, True])
+def matrix_weights(model: torch.nn.Module, blocks: int | None = None) -> int:
+    """Weights that each row of the first ``blocks`` blocks is multiplied with."""
+    chosen = model.model.layers[:blocks]
+    return sum(x.weight.numel() for x in chosen.modules() if isinstance(x, torch.nn.Linear))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_linear_operations_are_those_that_the_model_does(name, objective, checkpointing):
+    """By FlopCounterMode of the whole dry run, and by hand from rows and weights."""
     setup = setup_of(tiny(name), checkpointing=checkpointing)
     planner = Planner(setup.config, setup.options, setup.dtype)
-    job = setup.job(objective)
     with FlopCounterMode(display=False) as counter:
-        run = planner.run(job, True)
-    costs = planner.costs(run, job)
-    # The head runs on one row of each forward, and only to be left out; matching counts no model's weights.
-    head = planner.model.get_output_embeddings().weight.numel()
-    forwards = {"rollout: prompt": 1, "rollout: steps": 1, "policy": 1}
-    heads = sum(2 * setup.batch * head * forwards.get(phase, 0) for phase in costs)
-    linear = sum(cost.linear / run.phases[phase].times for phase, cost in costs.items())
-    counted = counter.get_total_flops()
+        run = planner.run(setup.job(objective), True)
+    linear = {phase: x.operations["linear"] for phase, x in run.phases.items()}
+    assert counter.get_total_flops() == sum(x // run.phases[phase].times for phase, x in linear.items())
+    # Each forward ends with one row of the head per row of the batch, only to be left out.
+    weights = matrix_weights(planner.model)
+    head = 2 * setup.batch * planner.model.get_output_embeddings().weight.numel()
+    for phase in ("rollout: prompt", "rollout: steps", "policy"):
+        if phase in linear:
+            assert linear[phase] == 2 * run.phases[phase].rows * weights + head * run.phases[phase].times, phase
+    if "features" in linear:
+        deepest = max(planner.network.layers)
+        assert linear["features"] == 2 * run.phases["features"].rows * matrix_weights(planner.model, deepest)
     # What is recomputed ends where the last saved tensor is found: for a Llama before its block's last matrix.
-    skipped = 2 * costs["backward"].rows * 4 * 40 * 32 if name == "llama" else 0
-    assert counted == pytest.approx(linear + heads - skipped, rel=1e-6)
+    skipped = 4 * 40 * 32 if name == "llama" else 0
+    again = run.phases["backward"].rows * (weights - skipped)
+    assert linear["backward"] == 2 * (2 * run.phases["policy"].rows * weights + again)
 
 
-def test_weights_of_experts_count_by_their_use():
+def test_experts_count_by_their_use():
+    """Two of four experts and the router; neither the experts' biases nor those of others are matrices."""
     config = tiny("gpt_oss")
-    planner = Planner(AutoConfig.for_model(**config), EBFTOptions(), torch.bfloat16)
-    all_used = Planner(AutoConfig.for_model(**config | {"num_experts_per_tok": 4}), EBFTOptions(), torch.bfloat16)
-    experts = sum(x.numel() for x in planner.model.parameters() if x.ndim == 3)
-    assert matrix_weights(all_used.model) - matrix_weights(planner.model) == experts / 2
+    for used in (2, 4):
+        setup = setup_of(config | {"num_experts_per_tok": used}, dtype=torch.bfloat16)
+        planner = Planner(setup.config, setup.options, setup.dtype)
+        phases = planner.run(setup.job("sft"), False).phases
+        experts = sum(x.numel() for x in planner.model.parameters() if x.ndim == 3) * used // 4
+        routers = 4 * 4 * 32
+        weights = experts + routers + matrix_weights(planner.model)
+        head = 2 * setup.batch * planner.model.get_output_embeddings().weight.numel()
+        assert phases["policy"].operations["linear"] == 2 * phases["policy"].rows * weights + head
+        assert phases["backward"].operations["linear"] == 4 * phases["policy"].rows * weights
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -201,7 +222,7 @@ def test_operations_of_attention_and_head_by_hand():
     assert phases["features"]["attention"] == 3 * 2 * 4 * 16 * int(layout.dense_mask().sum())
     assert phases["backward"]["head"] == 3 * phases["policy"]["head"]
     assert objectives["sft"]["phases"]["policy"]["head"] == 2 * 2 * 23 * 61 * 32
-    assert objectives["rlvr"]["phases"]["rollout: steps"]["times"] == 11
+    assert objectives["whole_response"]["phases"]["rollout: steps"]["times"] == 11
     windowed = predicted(setup_of(tiny("gemma2")))["ebft"]["phases"]["policy"]["attention"]
     in_window = int(layout.without_last_step().dense_mask(6).sum())
     assert windowed == 2 * 2 * 4 * 16 * (pairs + in_window)  # every second block slides
@@ -263,11 +284,8 @@ def test_adapters_need_less():
 
 
 def test_data_sheets_are_those_of_the_benchmarks():
-    ours = {gpu.name: gpu for gpu in GPUS.values()}
-    shared = [x for x in ACCELERATORS if x.name in ours]
-    assert len(shared) >= 4
-    for x in shared:
-        assert (ours[x.name].rates[torch.bfloat16], ours[x.name].bandwidth) == (x.bf16, x.bandwidth)
+    assert performance_model.H100 is GPUS["h100"] and kernels.accelerator(torch.device("cpu")) is GPUS["h100"]
+    assert all(x.rates[torch.bfloat16] > x.rates[torch.float32] > x.rates.get(torch.float64, 0) for x in GPUS.values())
 
 
 @pytest.fixture
@@ -285,7 +303,7 @@ def test_command(config_file, capsys):
         "Computed, not measured",
         "EBFT",
         "SFT",
-        "RLVR",
+        "whole-response RL",
         "FSDP2",
         "rollout: steps x 3",
         "assumptions",
