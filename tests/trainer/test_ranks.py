@@ -151,7 +151,7 @@ def test_the_fsdp2_example_trains_evaluates_and_saves_a_whole_model(folder):
     """Under mixed precision, with the feature network sharded too."""
     record, run = of_rank(folder, "launched"), folder / "launched-run"
     assert record == {"kind": "FSDP", "precision": "bf16"}
-    files = ["checkpoint-2", "ebft.json", "log.jsonl", "model", "results.json"]
+    files = ["checkpoint-2", "config.yaml", "ebft.json", "log.jsonl", "model", "results.json"]
     assert sorted(path.name for path in run.iterdir()) == files
     results = json.loads((run / "results.json").read_text())
     assert math.isfinite(results["before"]["eval_loss"]) and math.isfinite(results["after"]["eval_loss"])
