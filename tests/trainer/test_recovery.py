@@ -103,7 +103,7 @@ def test_whatever_happens_to_a_run_it_loses_nothing_but_time(model_folder, tmp_p
     for name in ("step", "loss", "entropy", "grad_norm", "train_loss"):
         values = [[line[name] for line in log if name in line] for log in logs]
         assert values[0] == values[1] and values[0], name
-    files = ["checkpoint-5", "checkpoint-6", "ebft.json", "log.jsonl", "model", "results.json"]
+    files = ["checkpoint-5", "checkpoint-6", "config.yaml", "ebft.json", "log.jsonl", "model", "results.json"]
     assert sorted(path.name for path in killed.iterdir()) == files == sorted(path.name for path in whole.iterdir())
 
 
