@@ -31,7 +31,7 @@ _WAITING = (
     _ATEN.unique_dim,
     _ATEN._unique2,
     _ATEN.unique_consecutive,
-    _ATEN.repeat_interleave.Tensor,
+    _ATEN.repeat_interleave,  # by a tensor; by a number it never gets here
     _ATEN.bincount,
 )
 
@@ -125,12 +125,19 @@ def emulated_cuda() -> Iterator[torch.device]:
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
     """Inside, an operation that makes the host wait for the emulated GPU raises :class:`HostWaits`."""
+    with waiting(allowed=False):
+        yield
+
+
+@contextlib.contextmanager
+def waiting(*, allowed: bool = True) -> Iterator[None]:
+    """Inside, the host may wait for the emulated GPU, as elsewhere, or may not."""
     global _waiting_allowed
-    _waiting_allowed = False
+    before, _waiting_allowed = _waiting_allowed, allowed
     try:
         yield
     finally:
-        _waiting_allowed = True
+        _waiting_allowed = before
 
 
 def _inner(x: object) -> object:
@@ -144,17 +151,17 @@ def _run(func, args, kwargs):
     if func.namespace == "ebft_kernels" and emulated:  # an op of the package: its code, on these very tensors
         with _Factories():
             return OPDEFS[func._schema.name]._backend_fns[None](*args, **kwargs)
-    if not _waiting_allowed and emulated and func in _ATEN and func.overloadpacket in _WAITING:
+    if not _waiting_allowed and emulated and (func.overloadpacket in _WAITING or _counts(func, args)):
         raise HostWaits(f"{func} of a tensor on {DEVICE}")
     device = kwargs.get("device")
     # What asks the tensors themselves, below Python, is told that they are on "meta".
     here = bool(emulated) if device is None else torch.device(device).type in ("cuda", "meta")
     if func is _ATEN._to_copy.default:
-        if emulated and not here and not _waiting_allowed:
-            raise HostWaits(f"a copy from {DEVICE} to {device}")
+        if bool(emulated) != here and not kwargs.get("non_blocking") and not _waiting_allowed:
+            raise HostWaits(f"a copy from {DEVICE} to {device}" if emulated else f"a copy to {DEVICE}")
     elif func is _ATEN.copy_.default:
-        if not _waiting_allowed and isinstance(args[1], EmulatedTensor) and not isinstance(args[0], EmulatedTensor):
-            raise HostWaits(f"a copy from {DEVICE} to the CPU")
+        if len(emulated) == 1 and not (args[2:] or [False])[0] and not _waiting_allowed:
+            raise HostWaits(f"a copy between {DEVICE} and the CPU")
     elif emulated and any(x.ndim and not isinstance(x, EmulatedTensor) for x in tensors) and not _indexes(func, args):
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu")
     if device is not None:
@@ -171,7 +178,15 @@ def _run(func, args, kwargs):
     return tree_map(outer, results)
 
 
+_INDEXING = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
+
+
 def _indexes(func, args) -> bool:
     """Whether this takes elements by an index, which may be on the CPU as long as what is indexed is not."""
-    indexing = (_ATEN.index, _ATEN.index_put, _ATEN.index_put_, _ATEN._index_put_impl_)
-    return func.overloadpacket in indexing and isinstance(args[0], EmulatedTensor)
+    return func.overloadpacket in _INDEXING and isinstance(args[0], EmulatedTensor)
+
+
+def _counts(func, args) -> bool:
+    """Whether elements are taken by a mask, of which there are as many as it has ones."""
+    masks = (torch.bool, torch.uint8)
+    return func.overloadpacket in _INDEXING and any(x is not None and x.dtype in masks for x in args[1])

@@ -292,7 +292,8 @@ def _draw(
     alive = ended = None
     if ends:
         alive = before_end(tokens, ends)
-        ended = torch.isin(tokens[..., -1], torch.tensor(ends, device=tokens.device))  # all after the end are such too
+        # All after the end are such too. A tensor of the ends would be copied to the device, which the host waits for.
+        ended = torch.stack([tokens[..., -1] == end for end in ends]).any(0)
     return _Drawn(prompt, layout, token_mask, tokens, log_probs, alive, ended, weights)
 
 
