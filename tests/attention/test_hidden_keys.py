@@ -63,6 +63,19 @@ def test_with_options(options, impl):
         assert_hidden_weigh_nothing(impl, LAYOUTS["odd"](), math.nan, where, **options)
 
 
+@pytest.mark.parametrize("fill", FILLS)
+def test_hidden_keys_weigh_nothing_in_the_output_of_triton(fill):
+    """What docs/kernels.md promises of it: of keys, not of values, and of the output alone."""
+    pytest.importorskip("triton")
+    layout = StridedLayout.strided(1, 14, context=3, stride=4, horizon=3, samples=2)
+    q, k, v = attention_inputs(layout)
+    hit = broken(layout)
+    rows = ~(layout.dense_mask()[:, 0] & hit[:, None]).any(-1)
+    filled = k.masked_fill(hit[:, None, :, None], FILLS[fill])
+    clean, dirty = (strided_attention(q, x, v, layout, impl="triton").transpose(1, 2)[rows] for x in (k, filled))
+    assert rows[:, layout.length :].any() and not rows.all() and torch.equal(clean, dirty)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_decoding_step(impl):
     """Rollouts of one anchor whose caches hold NaN, prompts with NaN at and after the last anchor."""
@@ -83,9 +96,10 @@ def test_a_decoding_step(impl):
     assert dirty[:, :, 2:4].isnan().all()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("with_sinks", (False, True))
-def test_scores_that_are_all_minus_infinity(with_sinks, impl):
+@pytest.mark.parametrize(
+    ("impl", "with_sinks"), [("triton", False), *((impl, sinks) for impl in IMPLS for sinks in (False, True))]
+)
+def test_scores_that_are_all_minus_infinity(impl, with_sinks):
     """Rows whose visible keys all score -inf give 0, as rows that see nothing would; others leave such keys out."""
     layout = StridedLayout.strided(1, 9, context=2, stride=3, horizon=2, samples=2)
     q, k, v = attention_inputs(layout)
