@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 # A process per core, of one thread each: threads that wait for each other on tiny tensors only cost time.
 BESIDE := --numprocesses 2 --dist worksteal
 
-.PHONY: demo docs test test-fast bench bench-docs lint format clean
+.PHONY: demo docs test test-fast compat bench bench-docs lint format clean
 
 demo: $(READY)
 	$(BIN)/ebft-train demo --output demo-output --overwrite
@@ -19,6 +19,10 @@ test: lint
 # For while one works: nothing that measures, compiles or starts many processes.
 test-fast: $(READY)
 	$(BIN)/python -m pytest $(BESIDE) -m "not speed and not heavy"
+
+# Other versions of Triton, transformers and setuptools, each in an environment of its own: an hour or two.
+compat: $(READY)
+	$(BIN)/python -m bench.compat
 
 # A selection for a CPU, some minutes; results, tables and plots in bench-output.
 bench: $(READY)

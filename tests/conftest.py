@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import torch
 from . import op_checks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Already here for the conftests of folders below, which may import Triton; pytest_configure has the last word.
+if "--device cuda" not in " ".join(sys.argv).replace("=", " "):
+    os.environ["TRITON_INTERPRET"] = "1"
 # Until the options are known: the conftest of a folder that the command line names may import kernels before that.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
