@@ -256,7 +256,7 @@ void strided_attention(int isa, int threads, int dtype, const Sizes& sizes, int6
   const bool needed = x.batch * x.rows > 0;
   x.sinks = array<const double>(sinks, false);
   const cpu::Heads results = heads(out, needed);
-  void* statistics = pointer(lse, needed && step < 0);
+  void* statistics = pointer(lse, needed);
   const py::gil_scoped_release unlocked;
   cpu::strided_attention(run, type, x, results, statistics);
 }

@@ -367,10 +367,15 @@ class StridedLayout:
             rows [B*A*(1 + n*(G-1)), ...] and index [B, A, n, G] int64: ``rows[index]`` is ``predictors(x)``.
         """
         first, later = self._predictors(x)
-        rows = torch.cat([first, later.flatten(1, 3)], 1)
-        number = torch.arange(rows.shape[:2].numel(), device=x.device).view(rows.shape[:2])
+        rows = self.join_predictors(first, later)
         ahead = self.num_anchors
-        return rows.flatten(0, 1), self._per_token(number[:, :ahead], number[:, ahead:].view(later.shape[:4]))
+        number = torch.arange(len(rows), device=x.device).view(-1, ahead + later.shape[1:4].numel())
+        return rows, self._per_token(number[:, :ahead], number[:, ahead:].view(later.shape[:4]))
+
+    def join_predictors(self, first: Tensor, later: Tensor) -> Tensor:
+        """What belongs to the predictors of the rollouts' first tokens [B, A, ...] and of their later ones
+        [B, A, n, G-1, ...], in the order of :meth:`distinct_predictors`: [B*A*(1 + n*(G-1)), ...]."""
+        return torch.cat([first, later.flatten(1, 3)], 1).flatten(0, 1)
 
     def _predictors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The predictors of the rollouts' first tokens [B, A, ...] and of their later ones [B, A, n, G-1, ...]."""

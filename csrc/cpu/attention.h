@@ -47,8 +47,8 @@ struct Attention {
   const double* sinks;  // [H], or null
 };
 
-// Writes out [B, H, rows, Dv] in the type of the queries and, unless null, the log of each row's denominator, lse
-// [B, H, rows] in float32 (float64 for float64). Throws std::out_of_range if a row sees what it cannot see.
+// Writes out [B, H, rows, Dv] in the type of the queries and the log of each row's denominator, lse [B, H, rows] in
+// float32 (float64 for float64). Throws std::out_of_range if a row sees what it cannot see.
 void strided_attention(const Execution& execution, Dtype dtype, const Attention& attention, const Heads& out,
                        void* lse);
 

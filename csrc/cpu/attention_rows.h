@@ -295,7 +295,7 @@ static void attention_forward(const AttentionTile& tile, const Heads& out, void*
       const Row& row = block.rows[i];
       const S weights = sum_of<S>(block.sums[i]), sum = weights == 0 ? 1 : weights;  // 0: all of its scores are -inf
       store_row<T>(out.row(tile.batch, row.head, row.row), block.results + i * width, 1 / sum, x.value_size);
-      if (lse) static_cast<S*>(lse)[block.number(row)] = block.largest[i] + S(log(double(sum)));
+      static_cast<S*>(lse)[block.number(row)] = block.largest[i] + S(log(double(sum)));
     }
   }
 }

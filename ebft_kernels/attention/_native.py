@@ -24,8 +24,7 @@ def forward(
     full: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, S, Dv] and log-sum-exp [B, H, S]; see :func:`.api.strided_attention`."""
-    lse = q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
-    return _attend(q, k, v, sinks, ranges, length, horizon, -1, scale, softcap, window, full, lse), lse
+    return _attend(q, k, v, sinks, ranges, length, horizon, -1, scale, softcap, window, full)
 
 
 def step(
@@ -41,9 +40,9 @@ def step(
     scale: float,
     softcap: float | None,
     window: int | None,
-) -> Tensor:
-    """Output [B, H, A*n, Dv] of the rows of one step; see :func:`.api.strided_attention_step`."""
-    return _attend(q, k, v, sinks, ranges, length, horizon, step, scale, softcap, window, False, None)
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, A*n, Dv] and log-sum-exp [B, H, A*n] of one step; see :func:`.api.strided_attention_step`."""
+    return _attend(q, k, v, sinks, ranges, length, horizon, step, scale, softcap, window, False)
 
 
 def backward(
@@ -96,10 +95,9 @@ def _attend(
     softcap: float | None,
     window: int | None,
     full: bool,
-    lse: Tensor | None,
-) -> Tensor:
-    """The rows of one step, or all of them with ``step = -1``, which also writes ``lse``."""
-    out = empty_output(q, v)
+) -> tuple[Tensor, Tensor]:
+    """The rows of one step, or all of them with ``step = -1``."""
+    out, lse = empty_output(q, v), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
     q, k, v = (_native.rows(x) for x in (q, k, v))
     ranges = _visible(ranges, window)
     sinks = None if sinks is None else sinks.double().contiguous()
@@ -116,9 +114,9 @@ def _attend(
         softcap or 0.0,
         0 if sinks is None else sinks.data_ptr(),
         _operand(out),
-        0 if lse is None else lse.data_ptr(),
+        lse.data_ptr(),
     )
-    return out
+    return out, lse
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, length: int, horizon: int) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ def strided_attention(
     window: int | None,
     sinks: Tensor | None,
     block: str = "causal",
-) -> Tensor:
-    """q [B, H, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> [B, H, S, Dv]."""
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, S, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> [B, H, S, Dv] and log-sum-exp [B, H, S]."""
     visible = layout.dense_mask(window, block=block)  # [B, 1, S, S]
     return masked_attention(q, k, v, visible, scale=scale, softcap=softcap, sinks=sinks)
 
@@ -36,8 +36,8 @@ def strided_attention_step(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None,
-) -> Tensor:
-    """q [B, H, A*n, D], caches [B, Hkv, S, D] and [B, Hkv, S, Dv] -> [B, H, A*n, Dv]."""
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, A*n, D], caches [B, Hkv, S, D] and [B, Hkv, S, Dv] -> [B, H, A*n, Dv] and log-sum-exp [B, H, A*n]."""
     visible = layout.dense_mask(window)[:, :, layout.length + step :: layout.horizon]  # [B, 1, A*n, S]
     return masked_attention(q, k_cache, v_cache, visible, scale=scale, softcap=softcap, sinks=sinks)
 
@@ -51,11 +51,12 @@ def masked_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention of q [B, H, Q, D] over the ``visible`` [B, 1, Q, K] keys, computed in float32 or float64.
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of q [B, H, Q, D] over the ``visible`` [B, 1, Q, K] keys, computed in float32 or float64, and
+    the logarithm of its denominator [B, H, Q], without gradient.
 
     H/Hkv neighbouring query heads share a key/value head. A sink is one more logit per head in the denominator. A row
-    without a visible key, or whose visible scores are all -inf, gives 0.
+    without a visible key, or whose visible scores are all -inf, gives 0, and -inf.
 
     Keys and values that are not visible weigh nothing, whatever they hold. Products with a weight of 0 are not enough
     for that: 0 * NaN is NaN. So products are of numbers that are finite, and what is not is brought to the rows that
@@ -77,6 +78,7 @@ def masked_attention(
         highest = scores.amax(-1, keepdim=True).detach()
         weights = torch.exp(scores - highest.clamp_min(torch.finfo(dtype).min))
         total = weights.sum(-1, keepdim=True)
+        lse = (total.detach().log() + highest)[..., 0]
         weights = weights / total.where(total > 0, 1)
         weights = weights[..., : k.shape[2]].masked_fill(~visible, 0)  # NaN where one is among the row's others
         weights = weights.unflatten(1, (k.shape[1], -1))  # [B, Hkv, H/Hkv, Q, K]
@@ -86,4 +88,4 @@ def masked_attention(
             seen = torch.einsum("bqk,bhkd->bhqd", visible[:, 0].to(dtype), holds) > 0  # [B, Hkv, Q, Dv]
             out = out + torch.where(seen, value, 0.0)[:, :, None].to(dtype)
         out = out.flatten(1, 2)
-    return out.to(q.dtype)
+    return out.to(q.dtype), lse

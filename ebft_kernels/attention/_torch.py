@@ -95,8 +95,8 @@ def step(
     scale: float,
     softcap: float | None,
     window: int | None,
-) -> Tensor:
-    """Output [B, H, A*n, Dv] of the rows of one step; see :func:`.api.strided_attention_step`."""
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, A*n, Dv] and log-sum-exp [B, H, A*n] of one step; see :func:`.api.strided_attention_step`."""
     out, lse = empty_output(q, v), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))
     if q.numel():
         # Later rows are not written yet: what they hold says nothing about the scores.
@@ -112,7 +112,7 @@ def step(
             ranges, length, samples, horizon, step, window=window, rows=rows, repeat=repeat, dtype=lse.dtype
         )
         _attend_rows(out, lse, q, k, v, sinks, own, plan, scoring)
-    return out
+    return out, lse
 
 
 def backward(

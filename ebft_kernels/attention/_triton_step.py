@@ -46,7 +46,7 @@ def strided_attention_step_kernel(
     v,  # [B, Hkv, S, DV]
     sinks,  # [H], or anything without SINKS
     out,  # [B, H, A*n, DV] over [B, A*n, H, DV] memory; with SPLIT one such per split, float32
-    lse,  # with SPLIT [splits, B, A*n, H] in units of log 2
+    lse,  # [B, H, A*n]; with SPLIT [splits, B, A*n, H] in units of log 2
     prefix_start,  # [B, S], as are the next two
     prefix_end,
     own_start,
@@ -150,16 +150,21 @@ def strided_attention_step_kernel(
     if SPLIT:
         place += split.to(tl.int64) * groups * R * rollouts
         tl.store(lse + place, value, mask=present)
+    else:
+        tl.store(lse + (batch * kv_heads * R + head) * rollouts + rollout, value / 1.4426950408889634, mask=present)
     store_rows(out, place * DV, present, acc, DV, PAD_DV)
 
 
-@triton.jit(do_not_specialize=["splits", "count"])
+@triton.jit(do_not_specialize=["splits", "count", "heads", "rollouts"])
 def strided_attention_combine_kernel(
     parts,  # [splits, count, DV] float32
-    lse,  # [splits, count] in units of log 2
+    parts_lse,  # [splits, count] in units of log 2
     out,  # [count, DV]
+    lse,  # [B, H, A*n]
     splits,
-    count,
+    count,  # B*A*n*H
+    heads,
+    rollouts,
     DV: tl.constexpr,
     PAD_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -172,7 +177,7 @@ def strided_attention_combine_kernel(
     acc = tl.zeros([BLOCK_M, PAD_DV], tl.float32)
     for _ in tl.range(0, splits):
         part = load_some_rows(parts, place * DV, present, DV, PAD_DV)  # [BM, DV]
-        value = tl.load(lse + place, mask=present, other=NOTHING)  # [BM]
+        value = tl.load(parts_lse + place, mask=present, other=NOTHING)  # [BM]
         new_top = tl.maximum(top, value)
         shrink = tl.exp2(top - new_top)
         weight = tl.exp2(value - new_top)
@@ -180,7 +185,11 @@ def strided_attention_combine_kernel(
         total = total * shrink + weight
         top = new_top
         place += count
-    store_rows(out, (place - splits * count) * DV, present, acc / total[:, None], DV, PAD_DV)
+    place -= splits * count
+    store_rows(out, place * DV, present, acc / total[:, None], DV, PAD_DV)
+    row, head = place // heads, place % heads
+    place = (row // rollouts * heads + head) * rollouts + row % rollouts
+    tl.store(lse + place, (top + tl.log2(total)) / 1.4426950408889634, mask=present)
 
 
 def step(
@@ -196,11 +205,12 @@ def step(
     scale: float,
     softcap: float | None,
     window: int | None,
-) -> Tensor:
-    """Output [B, H, A*n, Dv] of the rows of one step; see :func:`.api.strided_attention_step`."""
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, A*n, Dv] and log-sum-exp [B, H, A*n] of one step; see :func:`.api.strided_attention_step`."""
     out = empty_output(q, v)
     q, k, v = readable(q), readable(k), readable(v)
     batch, heads, rollouts, _ = q.shape
+    lse = q.new_empty((batch, heads, rollouts), dtype=STATISTICS)
     kv_heads, device = k.shape[1], q.device
     repeat, groups = heads // kv_heads, batch * kv_heads
     fixed = constants(q, v, repeat, softcap, window)
@@ -208,10 +218,10 @@ def step(
     tiles = attention_tiles("step", target, fixed["PAD_D"], fixed["PAD_DV"], q.itemsize)
     programs = groups * ceil_div(rollouts * repeat, tiles[0].sizes["BLOCK_M"])
     splits = max(1, min(ceil_div(target.processors, max(programs, 1)), length // _SPLIT_KEYS))
-    parts = lse = out
+    parts, parts_lse = out, lse
     if splits > 1:
         parts = q.new_empty((splits, *out.shape), dtype=STATISTICS)
-        lse = q.new_empty((splits, *q.shape[:3]), dtype=STATISTICS)
+        parts_lse = q.new_empty((splits, batch, rollouts, heads), dtype=STATISTICS)
     launch(
         strided_attention_step_kernel,
         lambda x: (groups * splits * ceil_div(rollouts * repeat, x["BLOCK_M"]),),
@@ -220,7 +230,7 @@ def step(
         v,
         out if sinks is None else sinks.contiguous(),
         parts,
-        lse,
+        parts_lse,
         *(x.contiguous() for x in ranges),
         *q.stride()[:3],
         *k.stride()[:3],
@@ -246,10 +256,10 @@ def step(
         launch(
             strided_attention_combine_kernel,
             lambda x: (ceil_div(count, x["BLOCK_M"]),),
-            *(parts, lse, out, splits, count),
+            *(parts, parts_lse, out, lse, splits, count, heads, rollouts),
             device=device,
             tiles=attention_row_tiles(target, max(1, 1024 // fixed["PAD_DV"]), fixed["PAD_DV"]),
             DV=fixed["DV"],
             PAD_DV=fixed["PAD_DV"],
         )
-    return out
+    return out, lse

@@ -24,8 +24,10 @@ def strided_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     block: str = "causal",
+    return_lse: bool = False,
+    computed: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of packed rows under the mask of ``layout``, without ever building the mask.
 
     Equal to ``F.scaled_dot_product_attention(q, k, v, attn_mask=layout.dense_mask(window, block=block),
@@ -48,13 +50,17 @@ def strided_attention(
         sinks: [H] floating, one more logit per head in the denominator (arXiv:2309.17453).
         block: "causal": a rollout token sees its rollout up to itself. "full": it sees all of its rollout, as the
             drafters of speculative decoding do; a window bounds only what lies before it.
+        return_lse: return the log-sum-exp too: the logarithm of each row's denominator. It takes no gradient.
+        computed: output and log-sum-exp of these very inputs, where they are known, as from decoding step by step:
+            nothing is computed but, in the backward pass, the gradient.
         impl: "auto", "reference", "torch", ...; see :func:`ebft_kernels.available_impls`.
 
     Returns:
-        [B, H, S, Dv] in the dtype of q. Except for the reference, ``out.transpose(1, 2)`` is contiguous.
+        [B, H, S, Dv] in the dtype of q. Except for the reference, ``out.transpose(1, 2)`` is contiguous. With
+        ``return_lse`` also [B, H, S] float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: a shape, device or option that does not fit.
+        ValueError: a shape, device or option that does not fit; ``computed`` with ``impl="reference"``.
         TypeError: another type or dtype.
     """
     q, k, v = autocast_inputs(q, k, v)
@@ -64,12 +70,20 @@ def strided_attention(
     check_option("block", block, ("causal", "full"))
     impl = resolve_impl("strided_attention", impl, q.device, q.dtype)
     if impl == "reference":
+        if computed is not None:
+            raise ValueError("computed: expected None with impl='reference', whose gradient is autograd's")
         options = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks, "block": block}
-        return _reference.strided_attention(q, k, v, layout, **options)
+        out, lse = _reference.strided_attention(q, k, v, layout, **options)
+        return (out, lse) if return_lse else out
     check_transforms("strided_attention", q, k, v, sinks)
     sizes = (layout.length, layout.samples, layout.horizon)
-    out, _ = _forward_op(q, k, v, sinks, *layout.key_ranges, *sizes, scale, softcap, window, block == "full", impl)
-    return out
+    inputs = (q, k, v, sinks, *layout.key_ranges, *sizes, scale, softcap, window, block == "full", impl)
+    if computed is None:
+        out, lse = _forward_op(*inputs)
+    else:
+        _check_computed(computed, q, v)
+        out, lse = _Computed.apply(*inputs, computed)
+    return (out, lse) if return_lse else out
 
 
 @torch.no_grad()
@@ -84,8 +98,9 @@ def strided_attention_step(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    return_lse: bool = False,
     impl: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """One decoding step: the rows of ``step`` of every rollout attend to what is in the cache. No gradient.
 
     Equal to the rows ``layout.length + step :: layout.horizon`` of :func:`strided_attention` over the whole caches.
@@ -97,10 +112,11 @@ def strided_attention_step(
         v_cache: [B, Hkv, S, Dv] likewise.
         layout: who sees whom; on the same device.
         step: 0 .. G-1.
-        scale, softcap, window, sinks, impl: as for :func:`strided_attention`.
+        scale, softcap, window, sinks, return_lse, impl: as for :func:`strided_attention`.
 
     Returns:
-        [B, H, A*n, Dv] in the dtype of q. Except for the reference, ``out.transpose(1, 2)`` is contiguous.
+        [B, H, A*n, Dv] in the dtype of q. Except for the reference, ``out.transpose(1, 2)`` is contiguous. With
+        ``return_lse`` also [B, H, A*n], as for :func:`strided_attention`.
 
     Raises:
         ValueError: a shape, device or option that does not fit; ``step`` outside ``0 .. G-1``.
@@ -117,11 +133,13 @@ def strided_attention_step(
     window = layout._narrowing(window)
     impl = resolve_impl("strided_attention_step", impl, q.device, q.dtype)
     if impl == "reference":
-        return _reference.strided_attention_step(
+        out, lse = _reference.strided_attention_step(
             q, k_cache, v_cache, layout, step, scale=scale, softcap=softcap, window=window, sinks=sinks
         )
-    sizes = (layout.length, layout.samples, layout.horizon, step)
-    return _step_op(q, k_cache, v_cache, sinks, *layout.key_ranges, *sizes, scale, softcap, window, impl)
+    else:
+        sizes = (layout.length, layout.samples, layout.horizon, step)
+        out, lse = _step_op(q, k_cache, v_cache, sinks, *layout.key_ranges, *sizes, scale, softcap, window, impl)
+    return (out, lse) if return_lse else out
 
 
 def _check_inputs(
@@ -157,6 +175,15 @@ def _check_inputs(
     if softcap is not None:
         check_positive("scale / softcap", scale / softcap)
     return float(scale)
+
+
+def _check_computed(computed: tuple[Tensor, Tensor], q: Tensor, v: Tensor) -> None:
+    if not isinstance(computed, tuple) or len(computed) != 2:
+        raise TypeError(f"computed: expected a tuple of an output and a log-sum-exp, got {type(computed).__name__}")
+    out, lse = computed
+    sizes = dict(zip(("B", "H", "S", "Dv"), (*q.shape[:3], v.shape[3]), strict=True))
+    check_tensor("computed[0]", out, "B H S Dv", sizes, dtype=q.dtype, device=q.device)
+    check_tensor("computed[1]", lse, "B H S", sizes, dtype=statistics_dtype(q.dtype), device=q.device)
 
 
 _GEOMETRY = "Tensor prefix_start, Tensor prefix_end, Tensor own_start, SymInt length, SymInt samples, SymInt horizon"
@@ -228,14 +255,29 @@ def _differentiate(ctx, grad, _grad_lse):
 _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
+class _Computed(torch.autograd.Function):
+    """The forward op where output and log-sum-exp are known."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *inputs, computed = inputs
+        out, lse = computed[0].detach(), computed[1].detach().contiguous()
+        _save_for_backward(ctx, inputs, (out, lse))
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, grad, grad_lse):
+        return *_differentiate(ctx, grad, grad_lse), None
+
+
 @torch.library.custom_op(
     "ebft_kernels::strided_attention_step",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? sinks, {_GEOMETRY}, SymInt step, {_SCORING}, str impl)"
-    " -> Tensor",
+    " -> (Tensor, Tensor)",
 )
 def _step_op(q, k_cache, v_cache, sinks, prefix_start, prefix_end, own_start, *rest):
-    """Output [B, H, A*n, Dv] over [B, A*n, H, Dv] memory."""
+    """Output [B, H, A*n, Dv] over [B, A*n, H, Dv] memory, and the log-sum-exp [B, H, A*n]."""
     ranges = KeyRanges(prefix_start, prefix_end, own_start)
     *options, impl = rest
     with torch.autocast(q.device.type, enabled=False):
@@ -245,4 +287,4 @@ def _step_op(q, k_cache, v_cache, sinks, prefix_start, prefix_end, own_start, *r
 
 @_step_op.register_fake
 def _(q, _k_cache, v_cache, *_rest):
-    return empty_output(q, v_cache)
+    return empty_output(q, v_cache), q.new_empty(q.shape[:3], dtype=statistics_dtype(q.dtype))

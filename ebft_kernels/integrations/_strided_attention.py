@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -21,6 +21,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ..attention.api import strided_attention, strided_attention_step
 from ..layout import StridedLayout
+
+if TYPE_CHECKING:
+    from ._recording import ForwardRecording
 
 NAME = "strided"
 
@@ -73,17 +76,27 @@ class StridedCall:
         windowed: numbers of the layers whose attention must be given a sliding window.
         configs: configs to select ``"strided"`` on when the backward pass runs an attention layer again; empty where no
             gradient is wanted.
+        kept_by: keeps what attention computes.
+        known_by: gives what it computed before.
     """
 
-    __slots__ = ("layout", "step", "windowed", "configs", "_hooked", "_moved", "__weakref__")
+    __slots__ = ("layout", "step", "windowed", "configs", "kept_by", "known_by", "_hooked", "_moved", "__weakref__")
 
     def __init__(
-        self, layout: StridedLayout, step: int | None, windowed: frozenset[int], configs: tuple[Any, ...] = ()
+        self,
+        layout: StridedLayout,
+        step: int | None,
+        windowed: frozenset[int],
+        configs: tuple[Any, ...] = (),
+        kept_by: ForwardRecording | None = None,
+        known_by: ForwardRecording | None = None,
     ) -> None:
         self.layout = layout
         self.step = step
         self.windowed = windowed
         self.configs = configs
+        self.kept_by = kept_by
+        self.known_by = known_by
         self._hooked: dict[nn.Module, tuple[Any, Any]] = {}
         self._moved: dict[torch.device, StridedLayout] = {}
 
@@ -254,18 +267,28 @@ def strided_attention_forward(
     if sliding_window is None and getattr(module, "layer_idx", None) in call.windowed:
         raise refuse(module, f"the sliding window of layer {module.layer_idx} does not reach the attention function")
     call.survive_recompute(module)
+    options = {"scale": scaling, "softcap": softcap, "window": sliding_window, "sinks": s_aux}
+    out = _attend(module, query, key, value, call, options)
+    return out.transpose(1, 2).contiguous(), None  # no copy: the memory of `out` is ordered [B, T, H, Dv]
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, call: StridedCall, options: dict[str, Any]
+) -> Tensor:
+    """[B, H, T, Dv]"""
     layout = call.layout_on(query.device)
+    if call.known_by is not None:
+        computed = tuple(x.transpose(1, 2) for x in call.known_by.take(module))
+        return strided_attention(query, key, value, layout, computed=computed, **options)
     if call.step is None:
-        out = strided_attention(
-            query, key, value, layout, scale=scaling, softcap=softcap, window=sliding_window, sinks=s_aux
-        )
+        out, lse = strided_attention(query, key, value, layout, return_lse=True, **options)
     else:
         if key.shape[2] != layout.packed_length:
             raise refuse(module, "the cache did not reach the attention of a decoding step; sample in eval mode")
-        out = strided_attention_step(
-            query, key, value, layout, call.step, scale=scaling, softcap=softcap, window=sliding_window, sinks=s_aux
-        )
-    return out.transpose(1, 2).contiguous(), None  # no copy: the memory of `out` is ordered [B, T, H, Dv]
+        out, lse = strided_attention_step(query, key, value, layout, call.step, return_lse=True, **options)
+    if call.kept_by is not None:
+        call.kept_by.keep(module, call.step, out.transpose(1, 2), lse.transpose(1, 2))
+    return out
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:

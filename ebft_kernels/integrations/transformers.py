@@ -31,11 +31,13 @@ from . import _model_check
 from ._model_check import ModelSupport
 from ._models import ModelFacts, base_model, decoder_layers, decoder_of, evaluation_mode, facts, last_hidden, unwrapped
 from ._output_head import OutputHead, head_form, in_place_of_logits, output_head
+from ._recording import ForwardRecording, replay_obstacle
 from ._router_loss import router_loss_coefficient, router_losses
 from ._strided_attention import NAME, Selection, StridedCall, carrier_mask, register, require_selected, row_mask
 from ._strided_cache import StridedCache
 
 __all__ = [
+    "ForwardRecording",
     "ModelSupport",
     "OutputHead",
     "StridedCache",
@@ -49,6 +51,7 @@ __all__ = [
     "facts",
     "hidden_states",
     "output_head",
+    "replay_obstacle",
     "router_loss_coefficient",
     "router_losses",
     "strided_arguments",
@@ -61,7 +64,12 @@ register()
 
 @contextmanager
 def strided_attention_context(
-    model: nn.Module, layout: StridedLayout, *, cache: StridedCache | None = None, step: int | None = None
+    model: nn.Module,
+    layout: StridedLayout,
+    *,
+    cache: StridedCache | None = None,
+    step: int | None = None,
+    recording: ForwardRecording | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Select "strided" attention for ``model`` and give the keyword arguments of one forward over packed rows.
 
@@ -80,21 +88,26 @@ def strided_attention_context(
         layout: of the packed rows, on the model's device.
         cache: a :class:`StridedCache` of this layout.
         step: decoding step, 0 .. G-1.
+        recording: with a cache it keeps what the forward computes; without one the forward is replayed from it, with
+            the gradient of a computed one: see :class:`ForwardRecording`.
 
     Yields:
         Keyword arguments for the model's forward: position ids, cache, and the layout in two disguises.
 
     Raises:
         ValueError: the model cannot be run strided (the message names the architecture and the feature), ``step``
-            without ``cache`` or out of range, a cache of another layout, or with gradient checkpointing in train mode;
-            reentrant checkpointing under FSDP2 with transformers before 5.23.
-        TypeError: ``model``, ``layout`` or ``cache`` is something else.
+            without ``cache`` or out of range, a cache or recording of another layout, a recording that cannot be
+            replayed, or a cache with gradient checkpointing in train mode; reentrant
+            checkpointing under FSDP2 with transformers before 5.23.
+        TypeError: ``model``, ``layout``, ``cache`` or ``recording`` is something else.
     """
     known = facts(model)
     if known.obstacle:
         raise ValueError(f"{known.architecture}: cannot be run strided: {known.obstacle}")
     _check_phase(model, layout, cache, step)
     _check_recomputation(model, known)
+    if not (recording is None or isinstance(recording, ForwardRecording)):
+        raise TypeError(f"recording: expected a ForwardRecording, got {type(recording).__name__}")
     if cache is None:
         rows, positions = layout, layout.position_ids
     elif step is None:
@@ -102,11 +115,14 @@ def strided_attention_context(
     else:
         rows, positions = layout, layout.step_rows(layout.position_ids, step)
     recomputable = cache is None and torch.is_grad_enabled()
-    call = StridedCall(rows, step, known.windowed, known.configs if recomputable else ())
+    of_attention = {} if recording is None else {"known_by" if cache is None else "kept_by": recording}
+    call = StridedCall(rows, step, known.windowed, known.configs if recomputable else (), **of_attention)
     kwargs = _forward_arguments(known, call, positions, cache)
     with ExitStack() as stack:
         if cache is not None:
             stack.enter_context(cache._running(step))
+        if recording is not None:
+            stack.enter_context(recording.running(layout, step, replay=cache is None))
         stack.callback(Selection(known.configs, NAME).undo)
         yield kwargs
 
@@ -246,6 +262,7 @@ def apply_head(
     cache: StridedCache | None = None,
     step: int | None = None,
     vocabulary: int | None = None,
+    recording: ForwardRecording | None = None,
 ) -> tuple[Tensor, ...]:
     """One forward over packed rows with ``function(hidden, head)`` in the place of the vocabulary head.
 
@@ -258,6 +275,7 @@ def apply_head(
         function: returns one or more tensors; those with gradient must all be of one dtype.
         vocabulary: give ``function`` the head of the token ids below this alone, where a head has more rows than its
             tokenizer has tokens (:meth:`OutputHead.first`); None: all.
+        recording: as for :func:`strided_attention_context`; ``function`` is called in any case.
 
     Returns:
         What ``function`` returned.
@@ -271,16 +289,21 @@ def apply_head(
     results, _ = in_place_of_logits(
         model,
         lambda hidden, head: function(hidden, head.first(vocabulary)),
-        lambda: _run(model, input_ids, layout, cache, step),
+        lambda: _run(model, input_ids, layout, cache, step, recording),
     )
     return results
 
 
 def _run(
-    model: nn.Module, input_ids: Tensor, layout: StridedLayout, cache: StridedCache | None, step: int | None
+    model: nn.Module,
+    input_ids: Tensor,
+    layout: StridedLayout,
+    cache: StridedCache | None,
+    step: int | None,
+    recording: ForwardRecording | None = None,
 ) -> None:
     """A forward over packed rows whose logits nobody needs."""
-    with strided_attention_context(model, layout, cache=cache, step=step) as kwargs:
+    with strided_attention_context(model, layout, cache=cache, step=step, recording=recording) as kwargs:
         if facts(model).keeps_logits:
             kwargs["logits_to_keep"] = 1
         model(input_ids=input_ids, **kwargs)

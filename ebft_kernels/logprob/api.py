@@ -22,6 +22,7 @@ def linear_log_probs(
     softcap: float | None = None,
     scale: float = 1.0,
     chunk_size: int | None = None,
+    computed: tuple[Tensor, Tensor] | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """``log p(target)`` of every row under an output head, without the [R, V] logits of all R rows at once.
@@ -48,6 +49,10 @@ def linear_log_probs(
         scale: multiplies the logits.
         chunk_size: rows whose logits are held together; None: up to 4096 on the CPU, elsewhere up to 32768. So many
             columns at a time that in the dtype of their sums it would be 16 MB of logits, elsewhere 512 MB.
+        computed: these very log-probabilities, where they are known, as from sampling, and what the backward pass needs
+            [2, R] of the logits over the temperature of all R rows: the largest, and the logarithm of the sum of
+            ``exp(logit - largest)``. Nothing is computed but, in the backward pass, the gradient. It computes the
+            logits again, which in 16 bits may round to others: compute the whole there.
         impl: "auto", "reference", "torch", ...; see :func:`ebft_kernels.available_impls`.
 
     Returns:
@@ -55,7 +60,7 @@ def linear_log_probs(
 
     Raises:
         ValueError: a shape, device, option, target or row that does not fit (``impl="reference"``: an error of
-            PyTorch for target and row).
+            PyTorch for target and row); ``computed`` with ``impl="reference"``.
         TypeError: another type or dtype.
     """
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
@@ -84,19 +89,37 @@ def linear_log_probs(
         check_int("chunk_size", chunk_size, minimum=1)
     impl = resolve_impl("linear_log_probs", impl, hidden.device, hidden.dtype)
     if impl == "reference":
+        if computed is not None:
+            raise ValueError("computed: expected None with impl='reference', whose gradient is autograd's")
         return _reference.linear_log_probs(
             hidden, weight, targets, rows=rows, bias=bias, temperature=temperature, softcap=softcap, scale=scale
         )
     check_transforms("linear_log_probs", hidden, weight, bias)
     options = (float(temperature), None if softcap is None else float(softcap), float(scale), chunk_size, impl)
     scored = targets.reshape(-1), None if rows is None else rows.reshape(-1)
-    log_probs, _ = _forward_op(hidden.reshape(-1, sizes["C"]), weight, *scored, bias, *options)
+    inputs = (hidden.reshape(-1, sizes["C"]), weight, *scored, bias, *options)
+    if computed is None:
+        log_probs, _ = _forward_op(*inputs)
+    else:
+        _check_computed(computed, inputs[0], targets)
+        log_probs, _ = _Computed.apply(*inputs, computed)
     return log_probs.view(targets.shape)
 
 
 def _check_shape(name: str, x: Tensor, shape: torch.Size) -> None:
     if x.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
+
+
+def _check_computed(computed: tuple[Tensor, Tensor], hidden: Tensor, targets: Tensor) -> None:
+    if not isinstance(computed, tuple) or len(computed) != 2:
+        raise TypeError(
+            f"computed: expected a tuple of log-probabilities and statistics, got {type(computed).__name__}"
+        )
+    expected = {"dtype": torch.promote_types(hidden.dtype, torch.float32), "device": hidden.device}
+    check_tensor("computed[0]", computed[0], "...", {}, **expected)
+    _check_shape("computed[0]", computed[0], targets.shape)
+    check_tensor("computed[1]", computed[1], "2 R", {"R": hidden.shape[0]}, **expected)
 
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor targets, Tensor? rows, Tensor? bias"
@@ -165,3 +188,19 @@ def _differentiate(ctx, grad, _grad_statistics):
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+class _Computed(torch.autograd.Function):
+    """The forward op where log-probabilities and statistics are known."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        *inputs, computed = inputs
+        log_probs, statistics = (x.detach() for x in computed)
+        log_probs = log_probs.reshape(-1)
+        _save_for_backward(ctx, inputs, (log_probs, statistics))
+        return log_probs, statistics
+
+    @staticmethod
+    def backward(ctx, grad, grad_statistics):
+        return *_differentiate(ctx, grad, grad_statistics), None

@@ -134,6 +134,9 @@ class EBFTOptions:
         KL_ESTIMATORS,
     )
     entropy_coef: float = option(0.0, "weight of the rollouts' entropy, which is rewarded")
+    replay_rollouts: bool = option(
+        True, "score rollouts by what was computed when they were drawn, where the model is made of known modules"
+    )
 
     def __post_init__(self) -> None:
         for name, value in OBJECTIVES.get(self.objective, {}).items():
@@ -170,6 +173,8 @@ class EBFTOptions:
         for name in ("feature_map", "verifier"):
             _check_name(name, getattr(self, name))
         _check_token_ids(self.eos_token_ids)
+        if not isinstance(self.replay_rollouts, bool):
+            raise TypeError(f"replay_rollouts: expected True or False, got {self.replay_rollouts!r}")
         if self.estimator == "group_norm" and self.samples < 2:
             raise ValueError(
                 f"samples: expected at least 2 with estimator 'group_norm', got {self.samples}: no spread in one reward"

@@ -18,6 +18,7 @@ from ebft_kernels.logprob._native import block_statistics
 
 if TYPE_CHECKING:
     from .config import EBFTOptions
+    from .replay import RecordedRollouts
 
 # Logits held at once: 64 MB in float32.
 _CHUNK_NUMEL = 1 << 24
@@ -37,6 +38,7 @@ def sample_rollouts(
     eos_token_ids: Sequence[int] = (),
     vocabulary: int | None = None,
     generator: torch.Generator | None = None,
+    recorded: RecordedRollouts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``n`` rollouts of ``G`` tokens at every anchor, each given the prompt before its anchor.
 
@@ -58,6 +60,7 @@ def sample_rollouts(
         vocabulary: draw token ids below this alone, as if the head had no more rows; None: all.
         generator: of the uniform numbers, on any device; None: torch's default one on the model's device. The same
             state gives the same rollouts on the same machine.
+        recorded: keeps what was computed, for :func:`ebft_trainer.scoring.policy_log_probs`; no rollout depends on it.
 
     Returns:
         tokens [B, A, n, G] int64 and log_probs [B, A, n, G] float32 (float64 for a float64 model), of each token under
@@ -72,7 +75,8 @@ def sample_rollouts(
     check_prompt(prompt, layout)
     cache = StridedCache(layout)
     sampler = _Sampler(temperature, top_p, top_k, generator)
-    tokens, log_probs = [], []
+    recording = None if recorded is None else recorded.forward
+    tokens, log_probs, statistics = [], [], []
 
     def first(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, P, C]
         rows = layout.anchor_rows(hidden)  # [B, A, C]
@@ -84,13 +88,18 @@ def sample_rollouts(
     with evaluation_mode(model):
         for step in range(layout.horizon):
             if step == 0:
-                drawn = apply_head(model, prompt, layout, first, cache=cache, vocabulary=vocabulary)
+                drawn = apply_head(
+                    model, prompt, layout, first, cache=cache, vocabulary=vocabulary, recording=recording
+                )
             else:
-                last = tokens[-1].flatten(1)
-                drawn = apply_head(model, last, layout, later, cache=cache, step=step - 1, vocabulary=vocabulary)
-            for part, results in zip(drawn, (tokens, log_probs), strict=True):
+                last, at = tokens[-1].flatten(1), {"cache": cache, "step": step - 1}
+                drawn = apply_head(model, last, layout, later, **at, vocabulary=vocabulary, recording=recording)
+            for part, results in zip(drawn, (tokens, log_probs), strict=False):
                 results.append(part.view(layout.batch_size, layout.num_anchors, layout.samples))
+            statistics.append(drawn[2])
     rollouts, scores = torch.stack(tokens, 3), torch.stack(log_probs, 3)
+    if recorded is not None:
+        recorded.drawn(rollouts, scores, statistics)
     if not eos_token_ids:
         return rollouts, scores
     alive = before_end(rollouts, eos_token_ids)
@@ -158,8 +167,9 @@ class _Sampler:
     generator: torch.Generator | None
     memory: Tensor | None = None  # [rows, V]
 
-    def draw_rows(self, rows: Tensor, head: OutputHead, draws: int) -> tuple[Tensor, Tensor]:
-        """Hidden states [..., C] -> ids and log-probabilities [R, draws] of tokens drawn from each of the R rows."""
+    def draw_rows(self, rows: Tensor, head: OutputHead, draws: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [..., C] -> ids and log-probabilities [R, draws] of tokens drawn from each of the R rows, and
+        of each row's logits the largest and the logarithm of the sum of ``exp(logit - largest)``, [R, 2]."""
         rows = rows.flatten(0, -2)
         device = rows.device if self.generator is None else self.generator.device
         # All at once, so that the chunk size changes no rollout; float64, so that improbable tokens keep their
@@ -167,8 +177,8 @@ class _Sampler:
         uniform = torch.rand(rows.shape[0], draws, dtype=torch.float64, device=device, generator=self.generator)
         size = rows_at_once(head.weight.shape[0])
         parts = zip(rows.split(size), uniform.to(rows.device).split(size), strict=True)
-        ids, log_probs = zip(*(self._draw(self._logits(part, head), numbers) for part, numbers in parts), strict=True)
-        return torch.cat(ids), torch.cat(log_probs)
+        drawn = (self._draw(self._logits(part, head), numbers) for part, numbers in parts)
+        return tuple(torch.cat(x) for x in zip(*drawn, strict=True))
 
     def _logits(self, rows: Tensor, head: OutputHead) -> Tensor:
         """[R, C] -> [R, V], over the temperature."""
@@ -181,19 +191,24 @@ class _Sampler:
             self.memory = head.weight.new_empty(len(rows), head.weight.shape[0])
         return head.at_temperature(temperature).logits(rows, self.memory[: len(rows)])
 
-    def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and log-probabilities [R, d] from logits [R, V], which may be overwritten, and uniform numbers [R, d]."""
+    def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, log-probabilities [R, d] and statistics [R, 2] from logits [R, V], which may be overwritten, and uniform
+        numbers [R, d]."""
         if draws_by_blocks(self, logits.device, logits.dtype):
             return draw_by_blocks(logits, uniform)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        largest = logits.amax(-1, keepdim=True)
         if self.temperature == 0:
             log_probability = logits.log_softmax(-1)
-            index = logits.argmax(-1, keepdim=True).expand_as(uniform)
-            return index, log_probability.gather(1, index)
-        probability = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-        probability.div_(probability.sum(-1, keepdim=True))
+            index = logits.argmax(-1, keepdim=True)
+            scored = log_probability.gather(1, index)
+            statistics = torch.cat([largest, -scored], 1)
+            return index.expand_as(uniform), scored.expand_as(uniform), statistics
+        probability = logits.sub_(largest).exp_()
+        total = probability.sum(-1, keepdim=True)
+        probability.div_(total)
         index = draw(probability, uniform, top_p=self.top_p, top_k=self.top_k)
-        return index, probability.gather(1, index).log_()
+        return index, probability.gather(1, index).log_(), torch.cat([largest, total.log_()], 1)
 
 
 def draws_by_blocks(options: _Sampler | EBFTOptions, device: torch.device | str, dtype: torch.dtype) -> bool:
@@ -203,7 +218,7 @@ def draws_by_blocks(options: _Sampler | EBFTOptions, device: torch.device | str,
     return from_all and select_impl("linear_log_probs", device, dtype) == "native"
 
 
-def draw_by_blocks(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def draw_by_blocks(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens drawn from the softmax of each row, by inverting the cumulative distribution: first of blocks of tokens,
     then of the tokens of one block, the only ones whose probabilities are computed.
 
@@ -213,7 +228,7 @@ def draw_by_blocks(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Ids [R, d] int64, never of a token of probability 0, and their log-probabilities, float32 (float64 for float64
-        logits).
+        logits); of each row the largest logit and the logarithm of the sum of ``exp(logit - largest)``, [R, 2].
     """
     vocabulary = logits.shape[1]
     largest, total = block_statistics(logits, _BLOCK)  # [R, V/128]
@@ -224,8 +239,10 @@ def draw_by_blocks(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     nearby = logits.gather(1, column.clamp_max(vocabulary - 1).flatten(1)).view(column.shape).to(mass.dtype)
     probability = (nearby - of_all[:, :, None]).exp_().where(column < vocabulary, 0)
     within, _ = _search(probability, uniform[:, :, None])
-    log_probs = nearby.gather(2, within)[..., 0] - of_all - mass.sum(1, keepdim=True).log_()
-    return column.gather(2, within)[..., 0].clamp_max_(vocabulary - 1), log_probs
+    log_total = mass.sum(1, keepdim=True).log_()
+    log_probs = nearby.gather(2, within)[..., 0] - of_all - log_total
+    ids = column.gather(2, within)[..., 0].clamp_max_(vocabulary - 1)
+    return ids, log_probs, torch.cat([of_all, log_total], 1)
 
 
 def draw(probability: Tensor, uniform: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ from ebft_kernels._checks import check_tensor
 from ebft_kernels.integrations.transformers import OutputHead, apply_head, evaluation_mode
 
 from .features import StartingAdapters, adapters_off
+from .replay import RecordedRollouts
 from .rollout import check_prompt
 
 
@@ -22,6 +23,7 @@ def policy_log_probs(
     temperature: float = 1.0,
     score_prompt: bool = False,
     vocabulary: int | None = None,
+    recorded: RecordedRollouts | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of given rollouts, and of the prompt, by one differentiable forward through ``model``.
 
@@ -37,6 +39,8 @@ def policy_log_probs(
         score_prompt: whether to score the prompt too, at temperature 1.
         vocabulary: token ids below this are all that there are (:func:`ebft_trainer.sample_rollouts`); None: all of the
             head's.
+        recorded: these rollouts with what was computed when they were drawn, with these options, this vocabulary and
+            the same weights: the forward is then replayed from it. It can be replayed once.
 
     Returns:
         [B, A, n, G] and, if asked for, [B, P-1]: entry t is token t + 1 (see :func:`scored_prompt_tokens`); float32
@@ -49,15 +53,21 @@ def policy_log_probs(
     check_prompt(prompt, layout)
     sizes = {"B": layout.batch_size, "A": layout.num_anchors, "n": layout.samples, "G": layout.horizon}
     check_tensor("rollouts", rollouts, "B A n G", sizes, dtype=torch.int64, device=layout.device)
-    short = layout.without_last_step()
+    if recorded is None:
+        short, recording = layout.without_last_step(), None
+    else:
+        # What was decoded after a rollout's end has no gradient, but would have NaN if it were not what is recorded.
+        recording, rollouts = recorded.forward, recorded.tokens
+        short = recording.layout
 
     def score(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, P + A*n*(G-1), C]
         rows, index = layout.distinct_predictors(hidden)
-        log_probs = _score(rows, head, rollouts, temperature, index)
+        computed = None if recorded is None else recorded.of_head(head)
+        log_probs = _score(rows, head, rollouts, temperature, index, computed)
         return (log_probs, _score_prompt(hidden, head, prompt)) if score_prompt else (log_probs,)
 
     packed = short.pack(prompt, rollouts[..., :-1])
-    log_probs, *text_log_probs = apply_head(model, packed, short, score, vocabulary=vocabulary)
+    log_probs, *text_log_probs = apply_head(model, packed, short, score, vocabulary=vocabulary, recording=recording)
     return log_probs, text_log_probs[0] if score_prompt else None
 
 
@@ -173,7 +183,14 @@ def check_batch(prompt: object, layout: object, token_mask: object) -> None:
         check_tensor("token_mask", token_mask, "B P", sizes, dtype=torch.bool, device=layout.device)
 
 
-def _score(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float, rows: Tensor | None = None) -> Tensor:
+def _score(
+    hidden: Tensor,
+    head: OutputHead,
+    targets: Tensor,
+    temperature: float,
+    rows: Tensor | None = None,
+    computed: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     return linear_log_probs(
         hidden.to(head.weight.dtype),
         head.weight,
@@ -183,6 +200,7 @@ def _score(hidden: Tensor, head: OutputHead, targets: Tensor, temperature: float
         temperature=temperature,
         softcap=head.softcap,
         scale=head.scale,
+        computed=computed,
     )
 
 

@@ -15,6 +15,7 @@ from ebft_kernels.integrations.transformers import router_loss_coefficient, rout
 from .credit import entropy_penalty, kl_penalty, reward_advantages
 from .features import has_adapters
 from .quantized import keep_gradients
+from .replay import RecordedRollouts, recorded_rollouts, say
 from .rollout import before_end, end_tokens, sample_rollouts
 from .scoring import (
     check_batch,
@@ -147,7 +148,11 @@ def ebft_step(
     _check_parts(model, feature_network, verifier, reference_model, config)
 
     clock = _Clock()
-    drawn = _draw(model, prompt, layout, config, token_mask, generator)
+    recorded = recorded_rollouts(model, layout, config)
+    drawn = _draw(model, prompt, layout, config, token_mask, generator, recorded)
+    if recorded is not None and (obstacle := recorded.forward.obstacle):
+        say(model, obstacle)
+        recorded = None
     clock.lap("rollout")
     metrics = drawn.metrics()
     advantages: dict[str, Tensor] = {}
@@ -168,7 +173,13 @@ def ebft_step(
         clock.lap("reference")
     with router_losses(model) as router:
         log_probs, text_log_probs = policy_log_probs(
-            model, prompt, drawn.tokens, layout, **scored, score_prompt=config.ce_coef != 0
+            model,
+            prompt,
+            drawn.tokens,
+            layout,
+            **scored,
+            score_prompt=config.ce_coef != 0,
+            recorded=recorded,
         )
     losses = _losses(drawn, log_probs, advantages, reference, config)
     if text_log_probs is not None:
@@ -275,6 +286,7 @@ def _draw(
     config: EBFTOptions,
     token_mask: Tensor | None,
     generator: torch.Generator | None,
+    recorded: RecordedRollouts | None,
 ) -> _Drawn:
     ends = end_tokens(model, config.eos_token_ids)
     tokens, log_probs = sample_rollouts(
@@ -287,6 +299,7 @@ def _draw(
         eos_token_ids=ends,
         vocabulary=config.vocabulary,
         generator=generator,
+        recorded=recorded,
     )
     weights = rollout_weights(layout, token_mask)
     alive = ended = None

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebft_kernels import StridedLayout, strided_attention, strided_attention_step
+from ebft_kernels import StridedLayout, available_impls, strided_attention, strided_attention_step
 from ebft_kernels.attention import api
 from ebft_kernels.testing import LAYOUTS, attention_inputs, randn
 
+from .. import op_checks
 from ..op_checks import assert_compiles, results_and_gradients
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -119,6 +120,28 @@ def test_no_upstream_gradient_gives_none():
     assert not lse.requires_grad
 
 
+@pytest.mark.parametrize("needed", ((True, True, True, True), (False, True, False, False), (False, False, False, True)))
+@pytest.mark.parametrize(
+    "impl", [x for x in available_impls("strided_attention", op_checks.DEVICE) if x != "reference"]
+)
+def test_what_is_computed_already_has_the_gradient_of_what_is_computed(impl, needed):
+    """Output and log-sum-exp are what was given; the gradient is the op's, to the last bit."""
+    layout, options = LAYOUTS["odd"](), {"softcap": 2.0, "window": 9, "impl": impl}
+    tensors = leaves(layout, dtype=torch.float32)
+    results = []
+    for computed in (False, True):
+        q, k, v, sinks = (x.detach().requires_grad_(y) for x, y in zip(tensors, needed, strict=True))
+        out, lse = strided_attention(q, k, v, layout, sinks=sinks, return_lse=True, **options)
+        if computed:
+            given = (out.detach().clone(), lse.clone())
+            out, lse = strided_attention(q, k, v, layout, sinks=sinks, return_lse=True, computed=given, **options)
+            assert out.data_ptr() == given[0].data_ptr() and lse.data_ptr() == given[1].data_ptr()
+            assert out.requires_grad and not lse.requires_grad and not given[0].requires_grad
+        results.append(results_and_gradients(out, [x for x in (q, k, v, sinks) if x.requires_grad]))
+    assert len(results[0]) == 1 + sum(needed)
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("impl", ("reference", "torch"))
 def test_inputs_of_any_strides(impl):
     """Also heads and rows that share memory."""
@@ -155,6 +178,7 @@ def test_sinks_of_another_precision():
 
 LAYOUT = StridedLayout.strided(2, 12, context=4, stride=4, horizon=2, samples=3)  # S = 12 + 2*3*2 = 24
 Q, K, V = attention_inputs(LAYOUT, value_dim=8)
+OUT, LSE = Q[..., :8], Q[..., 0]
 BAD = [
     ({"layout": 3}, TypeError, "layout: expected a StridedLayout, got int"),
     ({"q": None}, TypeError, r"q: expected a tensor \[B, H, rows, D\], got NoneType"),
@@ -179,6 +203,12 @@ BAD = [
     ({"scale": -1.0}, ValueError, "scale: expected a finite number above 0, got -1.0"),
     ({"window": 0}, ValueError, "window: expected at least 1, got 0"),
     ({"window": 2.0}, TypeError, "window: expected an int, got float"),
+    ({"computed": Q}, TypeError, "computed: expected a tuple of an output and a log-sum-exp, got Tensor"),
+    ({"computed": (Q, LSE)}, ValueError, r"computed\[0\]: expected shape \[B=2, H=4, S=24, Dv=8\], got"),
+    ({"computed": (OUT, LSE[:1])}, ValueError, r"computed\[1\]: expected shape \[B=2, H=4, S=24\], got"),
+    ({"computed": (OUT.bfloat16(), LSE)}, TypeError, r"computed\[0\]: expected dtype float32, got bfloat16"),
+    ({"computed": (OUT, LSE.double())}, TypeError, r"computed\[1\]: expected dtype float32, got float64"),
+    ({"computed": (OUT, LSE), "impl": "reference"}, ValueError, "computed: expected None with impl='reference'"),
     ({"block": "both"}, ValueError, "block: expected one of 'causal', 'full'; got 'both'"),
     ({"impl": "fast"}, ValueError, "impl: expected one of"),
     ({"impl": "fast"}, ValueError, "impl: expected one of"),

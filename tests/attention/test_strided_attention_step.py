@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ebft_kernels import StridedLayout, strided_attention, strided_attention_step
+from ebft_kernels import StridedLayout, available_impls, strided_attention, strided_attention_step
 from ebft_kernels.attention import _plan, _torch
 from ebft_kernels.testing import LAYOUTS, assert_within_budget, attention_inputs, eager_attention, randn
 
-from ..op_checks import impls_here
+from ..op_checks import DEVICE, impls_here
+from .checks import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.usefixtures("device")
-IMPLS = impls_here("strided_attention_step")
+STEP = "strided_attention_step"
+IMPLS = impls_here(STEP)
 VARIANTS = {
     "plain": {},
     "no groups": {"kv_heads": 4},
@@ -140,6 +142,51 @@ def test_caches_of_any_strides(impl):
         actual = strided_attention_step(*views, layout, 2, impl=impl)
         assert (actual - expected).abs().max() <= 4 * torch.finfo(torch.float32).eps * expected.abs().max()
     assert impl == "reference" or expected.transpose(1, 2).is_contiguous()
+
+
+def eager_log_sum_exp(q: Tensor, k: Tensor, layout: StridedLayout, options: dict) -> Tensor:
+    """[B, H, S] as eager PyTorch has it, in the dtype of its inputs."""
+    k, softcap, sinks = k.repeat_interleave(q.shape[1] // k.shape[1], 1), options.get("softcap"), options.get("sinks")
+    scores = torch.matmul(q, k.mT) * options.get("scale", q.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~layout.dense_mask(options.get("window")), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(q.dtype)[:, None, None].expand(*q.shape[:3], 1)], -1)
+    return scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    ("variant", "impl"),
+    [(variant, impl) for variant in VARIANTS for impl in IMPLS]
+    + [(variant, "triton") for variant in ("plain", "narrow values") if "triton" in available_impls(STEP, DEVICE)],
+)
+def test_log_sum_exps_of_steps_and_of_the_whole(variant, impl):
+    layouts = [LAYOUTS[name]() for name in ("odd", "documents", "one_sample")]
+    if impl == "triton":  # in an interpreter; long enough for two splits of the keys, and for one
+        length = 520 if variant == "plain" else 24
+        layouts = [StridedLayout.strided(1, length, context=6, stride=length - 8, horizon=2, samples=2)]
+    found: list[list[Tensor]] = [[], [], [], [], []]
+    for layout in layouts:
+        (q, k, v), options = inputs_and_options(layout, variant, torch.float32)
+        out, lse = strided_attention(q, k, v, layout, impl=impl, return_lse=True, **options)
+        assert torch.equal(out, strided_attention(q, k, v, layout, impl=impl, **options))
+        assert lse.dtype == torch.float32 and not lse.requires_grad
+        by_steps = torch.full_like(lse, torch.nan)
+        by_steps[:, :, : layout.length] = lse[:, :, : layout.length]
+        for step in range(layout.horizon):
+            inputs = rows_of(layout, q, step), *caches_at(layout, step, k, v), layout, step
+            result, of_step = strided_attention_step(*inputs, impl=impl, return_lse=True, **options)
+            assert torch.equal(result, strided_attention_step(*inputs, impl=impl, **options))
+            by_steps[:, :, layout.length + step :: layout.horizon] = of_step
+        eager = (eager_log_sum_exp(*x, layout, options) for x in ((q, k), (q.flip(-1), k.flip(-1))))
+        doubles = options | ({"sinks": options["sinks"].double()} if "sinks" in options else {})
+        results = lse, by_steps, *eager, eager_log_sum_exp(q.double(), k.double(), layout, doubles)
+        for parts, x in zip(found, results, strict=True):
+            parts.append(x.flatten())
+    lse, by_steps, *eager, truth = (torch.cat(x) for x in found)
+    for x in (lse, by_steps):
+        assert_as_exact_as_eager(x, eager, truth, "log-sum-exp")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

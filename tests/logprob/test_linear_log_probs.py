@@ -473,6 +473,39 @@ def test_registration(several, softcap, with_bias):
 
 
 @pytest.mark.parametrize("several", (False, True))
+@pytest.mark.parametrize("impl", [x for x in IMPLS if x != "reference"])
+def test_what_is_computed_already_has_the_gradient_of_what_is_computed(impl, several):
+    tensors = inputs(dtype=torch.float32)
+    rows, targets = several_per_row(13, 31) if several else (None, tensors[2])
+    options = {"temperature": 0.6, "softcap": 3.0, "scale": 1.3, "impl": impl}
+    given = api._forward_op(tensors[0], tensors[1], targets, rows, tensors[3], 0.6, 3.0, 1.3, None, impl)
+    results = []
+    for computed in (None, given):
+        hidden, weight, bias = leaves = [tensors[i].clone().requires_grad_() for i in (0, 1, 3)]
+        found = linear_log_probs(hidden, weight, targets, rows=rows, bias=bias, computed=computed, **options)
+        results.append(results_and_gradients(found, leaves))
+    assert all(map(torch.equal, *results))
+    assert not any(x.requires_grad for x in given)
+
+
+@pytest.mark.parametrize(
+    ("computed", "error", "message"),
+    (
+        (torch.zeros(13), TypeError, "computed: expected a tuple of log-probabilities and statistics, got Tensor"),
+        ((torch.zeros(12), torch.zeros(2, 13)), ValueError, r"computed\[0\]: expected shape \[13\], got \[12\]"),
+        ((torch.zeros(13), torch.zeros(13, 2)), ValueError, r"computed\[1\]: expected shape \[2, R=13\], got"),
+        ((torch.zeros(13).double(), torch.zeros(2, 13)), TypeError, r"computed\[0\]: expected dtype float32"),
+    ),
+)
+def test_what_is_no_computed_result_is_named(computed, error, message):
+    hidden, weight, targets, _ = inputs(dtype=torch.float32)
+    with pytest.raises(error, match=message):
+        linear_log_probs(hidden, weight, targets, computed=computed)
+    with pytest.raises(ValueError, match="computed: expected None with impl='reference'"):
+        linear_log_probs(hidden, weight, targets, computed=computed, impl="reference")
+
+
+@pytest.mark.parametrize("several", (False, True))
 def test_compiles_without_breaks_and_without_recompiling_for_sizes(several):
     def log_probs(hidden, weight, targets, rows, bias):
         return linear_log_probs(hidden, weight, targets, rows=rows, bias=bias, temperature=0.6, softcap=3.0)

@@ -77,19 +77,23 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("replay", (False, True))
 @pytest.mark.parametrize("layout", ("strided", "uneven"))
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_sampled_policy_and_plain_log_probs_agree(plain, name, layout):
+def test_sampled_policy_and_plain_log_probs_agree(plain, name, layout, replay):
     model, layout = plain.build(name), plain.layouts[layout]()
     prompt = plain.prompt_of(layout)
-    result = ebft_step(model, FeatureNetwork(model), prompt, layout, options(), generator=generator())
+    config = options(replay_rollouts=replay)
+    result = ebft_step(model, FeatureNetwork(model), prompt, layout, config, generator=generator())
     tokens, valid = result.rollouts, layout.valid
     with torch.no_grad():
         eager, truth = (
             plain.rollout_log_probs(m, prompt, tokens, layout, 0.8)[valid] for m in (model, plain.double(model))
         )
         scored, of_prompt = policy_log_probs(model, prompt, tokens, layout, temperature=0.8, score_prompt=True)
-        assert torch.equal(result.log_probs, scored) and not result.log_probs.requires_grad
+        assert replay or torch.equal(result.log_probs, scored)
+        assert not result.log_probs.requires_grad
+        assert_within_budget(result.log_probs[valid], eager, truth, "the step's")
         assert_within_budget(scored[valid], eager, truth, "rollouts")
         counted = scored_prompt_tokens(layout)
         eager, truth = (plain.prompt_log_probs(m, prompt, layout)[counted] for m in (model, plain.double(model)))
@@ -288,8 +292,8 @@ def test_a_mask_without_any_counted_token_gives_0(plain):
 def test_gradient_checkpointing_changes_nothing(plain, name, reentrant):
     layout = plain.layouts["strided"]()
     model, prompt = plain.build(name).train(), plain.prompt_of(layout)
-    network = FeatureNetwork(model)
-    result = ebft_step(model, network, prompt, layout, options(), generator=generator())
+    network, config = FeatureNetwork(model), options(replay_rollouts=False)
+    result = ebft_step(model, network, prompt, layout, config, generator=generator())
     expected = gradients(model, result.loss)
     calls = []
     decoder_layers(model)[0].self_attn.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
