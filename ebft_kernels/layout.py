@@ -305,6 +305,13 @@ class StridedLayout:
         """
         return self._replace(horizon=self.horizon - 1)
 
+    def first_rows(self, count: int) -> StridedLayout:
+        """The layout of the first ``count`` rows of the batch, or of all if there are no more."""
+        check_int("count", count, minimum=0)
+        names = ("anchors", "valid", "lengths", "prompt_start")
+        rows = {name: getattr(self, name)[:count].clone() for name in names}
+        return self._replace(**rows, num_valid=int(rows["valid"].sum()))
+
     def prompt_only(self) -> StridedLayout:
         """The same prompts without any rollout rows (horizon 0): what the prompt pass of a decoder runs over."""
         return self._replace(horizon=0)

@@ -16,7 +16,7 @@ from .completions import Completions
 from .config import EBFTOptions
 from .features import FeatureMap, FeatureNetwork
 from .rollout import before_end, end_tokens, sample_rollouts
-from .scoring import prompt_log_probs, rollout_mask, rollout_weights
+from .scoring import policy_log_probs, prompt_log_probs, rollout_mask, rollout_weights
 from .verifiers import Verifier
 
 
@@ -47,8 +47,10 @@ def evaluation_sums(
         completions: is given the rollouts and how they match.
 
     Returns:
-        [5 + 2 G] float32: nats, tokens, valid anchors; nats of the rollouts' tokens and these tokens, so weighted that
-        the tokens of a window together count as one; then per horizon 1..G, over valid anchors, the sum of the
+        [7 + 2 G] float32: nats, tokens, valid anchors; nats of the rollouts' tokens and these tokens, so weighted that
+        the tokens of a window together count as one; of the batch's first row, by how much its rollouts' tokens have
+        other log-probabilities in one forward over all of them than where they were sampled, and these tokens, so
+        weighted too; then per horizon 1..G, over valid anchors, the sum of the
         feature-matching loss and of the alignment (mean over samples); with a verifier one more, the same of its
         reward.
     """
@@ -79,6 +81,15 @@ def evaluation_sums(
     share = weights[:, :, None].expand_as(tokens) * valid.sum() / layout.samples
     share = share if alive is None else share * alive
     sums = [-(log_probs * counted).sum(), counted.sum(), valid.sum(), -(rollout_log_probs * share).sum(), share.sum()]
+    scored, _ = policy_log_probs(
+        model,
+        prompt[:1],
+        tokens[:1],
+        layout.first_rows(1),
+        temperature=options.temperature or 1.0,
+        vocabulary=options.vocabulary,
+    )
+    sums += [((scored - rollout_log_probs[:1]).abs() * share[:1]).sum(), share[:1].sum()]
     sums += [*losses, *alignments]
     if verifier is not None:
         sums.append((verifier(prompt, tokens, layout, **masks).mean(2) * valid).sum())
@@ -149,15 +160,17 @@ def pool_first_tokens(features: Tensor, counted: Tensor, horizon: int, pooling: 
 
 
 def evaluation_metrics(sums: Tensor, horizon: int) -> dict[str, float]:
-    """Means from the added-up sums of `evaluation_sums` [5 + 2 G], or [6 + 2 G] with a verifier's.
+    """Means from the added-up sums of `evaluation_sums` [7 + 2 G], or [8 + 2 G] with a verifier's.
 
     Returns:
         ``cross_entropy`` (nats per counted token), ``perplexity``, ``rollout_entropy`` (nats per rollout token at the
         sampling temperature, estimated from the rollouts up to their ends), ``entropy_gap`` (its excess over the
-        cross-entropy: below 0 the model is surer of its own text than of real text), ``feature_matching_loss`` and
-        ``alignment`` at the full horizon, and both as ``..._h1`` to ``..._hG``; ``verifier_reward`` if it was measured.
+        cross-entropy: below 0 the model is surer of its own text than of real text), ``log_prob_gap`` (mean absolute
+        difference between a token's log-probability when it was sampled and in one forward over finished rollouts, on
+        a few rows: rounding), ``feature_matching_loss`` and ``alignment`` at the full horizon, and both as ``..._h1``
+        to ``..._hG``; ``verifier_reward`` if it was measured.
     """
-    nats, tokens, anchors, rollout_nats, rollout_tokens, *rest = sums.tolist()
+    nats, tokens, anchors, rollout_nats, rollout_tokens, gap, compared, *rest = sums.tolist()
     losses, alignments = ([x / anchors for x in part] for part in (rest[:horizon], rest[horizon : 2 * horizon]))
     cross_entropy, rollout_entropy = nats / tokens, rollout_nats / (rollout_tokens or 1.0)
     metrics = {
@@ -165,6 +178,7 @@ def evaluation_metrics(sums: Tensor, horizon: int) -> dict[str, float]:
         "perplexity": math.exp(min(cross_entropy, 700.0)),
         "rollout_entropy": rollout_entropy,
         "entropy_gap": rollout_entropy - cross_entropy,
+        "log_prob_gap": gap / (compared or 1.0),
         "feature_matching_loss": losses[-1],
         "alignment": alignments[-1],
     }

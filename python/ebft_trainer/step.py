@@ -93,7 +93,10 @@ def ebft_step(
     was drawn would no longer give the gradient of the expected reward.
 
     Rollouts are sampled in eval mode. The policy's forward runs through ``model`` itself in the mode that it is in,
-    over the prompt and the first G-1 tokens of each rollout. Features and rewards take no gradient.
+    over the prompt and the first G-1 tokens of each rollout: rows that sampling has just run, with the same weights.
+    With ``config.replay_rollouts`` it is replayed where that gives the same gradients, and otherwise computed; the log
+    says which, and why (:func:`ebft_kernels.integrations.transformers.replay_obstacle`). Features and rewards take no
+    gradient.
 
     Metrics, over the rollouts, and tokens of rollouts, that count:
         ``loss/rl``, ``loss/verifier``, ``loss/ce``, ``loss/kl``, ``loss/entropy``, ``loss/router``: the terms without
@@ -106,7 +109,8 @@ def ebft_step(
         ``eos_rate``: fraction of rollouts that ended, where there are tokens that end one.
         ``entropy``: mean of - log p_T of the sampled tokens, an unbiased estimate unless top-k or top-p is used.
         ``log_prob_gap``: mean absolute difference between a token's log-probability when it was sampled and in the
-            policy's forward: rounding, and what the model draws in train mode (dropout), which it should not.
+            policy's forward: rounding, and what the model draws in train mode (dropout), which it should not; 0 where
+            the forward is replayed and computes none (of a head in 16 bits it does).
         ``valid_anchors``: anchors that count; ``tokens``: of the packed rows, all included.
         ``seconds/rollout``, ``seconds/features``, ``seconds/matching``, ``seconds/verifier``, ``seconds/reference``,
             ``seconds/policy`` (forward and loss): the host's time, which on an accelerator is the time to submit the

@@ -341,9 +341,9 @@ class EBFTTrainer(RecoveringTrainer):
         Returns:
             ``eval_cross_entropy`` (nats per token; also as ``eval_loss``), ``eval_perplexity``,
             ``eval_calibration_error`` (`calibration_error`), and for rollouts of the trained horizon
-            ``eval_rollout_entropy``, ``eval_entropy_gap``, ``eval_feature_matching_loss`` and ``eval_alignment``
-            (`evaluation_metrics`); the last two also per horizon 1..G, named ``eval_alignment_h1`` and so on; with a
-            verifier ``eval_verifier_reward``.
+            ``eval_rollout_entropy``, ``eval_entropy_gap``, ``eval_log_prob_gap``, ``eval_feature_matching_loss`` and
+            ``eval_alignment`` (`evaluation_metrics`); the last two also per horizon 1..G, named ``eval_alignment_h1``
+            and so on; with a verifier ``eval_verifier_reward``.
 
         Raises:
             ValueError: there is no dataset, or it has no length or no rows.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ebft_kernels import StridedLayout, feature_matching, pool_features
+from ebft_trainer import evaluate
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.data import EBFTCollator
 from ebft_trainer.evaluate import evaluation_metrics, evaluation_sums, pool_first_tokens
@@ -88,7 +89,7 @@ def test_another_feature_map_is_asked_for_every_horizon_and_sees_ends(plain, poo
     torch.testing.assert_close(sums(features), expected, rtol=1e-4, atol=1e-4)
     assert seen == [1, 2, 3]
     options.eos_token_ids = []
-    assert not torch.allclose(sums(network)[5:], expected[5:], rtol=1e-3), "without ends there are other features"
+    assert not torch.allclose(sums(network)[7:], expected[7:], rtol=1e-3), "without ends there are other features"
 
 
 def test_a_verifiers_reward_is_measured_too(plain):
@@ -104,7 +105,7 @@ def test_a_verifiers_reward_is_measured_too(plain):
 
     generator = torch.Generator().manual_seed(3)
     sums = evaluation_sums(model, FeatureNetwork(model, [2]), batch, options, generator=generator, verifier=verifier)
-    assert len(sums) == 6 + 2 * 3
+    assert len(sums) == 8 + 2 * 3
     metrics = evaluation_metrics(sums, 3)
     assert metrics["verifier_reward"] == pytest.approx(given[0][layout.valid].mean().item(), rel=1e-6)
     assert "verifier_reward" not in evaluation_metrics(sums[:-1], 3)
@@ -168,10 +169,30 @@ def test_only_completions_are_scored(plain):
 
 
 def test_sums_of_several_batches_give_the_mean_over_all_anchors_and_tokens():
-    parts = torch.tensor([[6.0, 2.0, 1.0, 1.0, 1.0, 3.0, 5.0], [10.0, 6.0, 3.0, 5.0, 2.0, 1.0, 3.0]])
+    rollouts = [[1.0, 1.0, 0.5, 1.0], [5.0, 2.0, 1.0, 2.0]]
+    parts = torch.tensor([[6.0, 2.0, 1.0, *rollouts[0], 3.0, 5.0], [10.0, 6.0, 3.0, *rollouts[1], 1.0, 3.0]])
     metrics = evaluation_metrics(parts.sum(0), 1)
     assert (metrics["cross_entropy"], metrics["feature_matching_loss"], metrics["alignment"]) == (2.0, 1.0, 2.0)
-    assert (metrics["rollout_entropy"], metrics["entropy_gap"]) == (2.0, 0.0)
+    assert (metrics["rollout_entropy"], metrics["entropy_gap"], metrics["log_prob_gap"]) == (2.0, 0.0, 0.5)
+
+
+def test_sampling_is_compared_with_one_forward_on_the_first_row(plain, monkeypatch):
+    """By rounding; or by what a test adds to the scores of its tokens that count."""
+    options = EBFTOptions(**GEOMETRY, eos_token_ids=list(range(0, 61, 5)))
+    model = plain.build("gemma2").eval()
+    rows = random_rows(17, 15)
+    rows[0]["completion_mask"] = [0] * 6 + [1] * 11
+    batch, network = EBFTCollator(options)(rows), FeatureNetwork(model, [2])
+
+    def gap():
+        sums = evaluation_sums(model, network, batch, options, generator=torch.Generator().manual_seed(3))
+        assert 0 < sums[6] < sums[4]
+        return evaluation_metrics(sums, 3)["log_prob_gap"]
+
+    assert 0 < gap() < 1e-5
+    real = evaluate.policy_log_probs
+    monkeypatch.setattr(evaluate, "policy_log_probs", lambda *args, **kwargs: (real(*args, **kwargs)[0] - 0.25, None))
+    assert gap() == pytest.approx(0.25, abs=1e-5)
 
 
 @pytest.mark.parametrize("ends", [False, True])
