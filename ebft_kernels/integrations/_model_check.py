@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ _LONG_HORIZON, _PIECE = 3, 512
 # tiny random models: rounding gives below 1e-5 in float32 and about 0.02 in bfloat16; layers that ignore the layout
 # between 5e-4 and 1, as a rule above 0.1.
 _ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+
+
+#: Model -> what it was last seen to draw in train mode, but for modules that say so themselves.
+seen_to_draw: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class ModelSupport(NamedTuple):
@@ -167,12 +172,14 @@ def drawn_in_train_mode(model: nn.Module, known: ModelFacts) -> str:
                 logits.append(model(input_ids=prompt, use_cache=False).logits)
     finally:
         selection.undo()
-    if not disagreement(*logits, layout.length // 2, "a forward in train mode"):
-        return ""
-    kinds = ("drop", "jitter")
-    options = known.config.to_dict().items()
-    set_to = [f"{k}={v}" for k, v in options if isinstance(v, float) and v > 0 and any(kind in k for kind in kinds)]
-    return f"noise or dropout ({', '.join(set_to) or 'of a layer'})"
+    found = ""
+    if disagreement(*logits, layout.length // 2, "a forward in train mode"):
+        kinds = ("drop", "jitter")
+        options = known.config.to_dict().items()
+        set_to = [f"{k}={v}" for k, v in options if isinstance(v, float) and v > 0 and any(kind in k for kind in kinds)]
+        found = f"noise or dropout ({', '.join(set_to) or 'of a layer'})"
+    seen_to_draw[base_model(model)] = found
+    return found
 
 
 def not_finite(model: nn.Module, plain: Tensor) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from .._dispatch import autocast_inputs
 from ..layout import StridedLayout, check_layout
-from ._model_check import drawn_in_train_mode
+from ._model_check import drawn_in_train_mode, seen_to_draw
 from ._models import base_model, decoder_of, facts
-
-# Model -> what its forward in train mode was seen to draw.
-_drawn: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class ForwardRecording:
@@ -185,9 +181,8 @@ def replay_obstacle(model: nn.Module) -> str:
     for name, module in base.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
             return f"{name}: dropout in train mode (p={module.p})"
-    if base not in _drawn:
-        _drawn[base] = drawn_in_train_mode(base, facts(base))
-    return f"{_drawn[base]} in train mode" if _drawn[base] else ""
+    drawn = seen_to_draw[base] if base in seen_to_draw else drawn_in_train_mode(base, facts(base))
+    return drawn and f"{drawn} in train mode"
 
 
 def _unknown(module: nn.Module) -> str:

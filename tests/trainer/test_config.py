@@ -116,6 +116,7 @@ def test_the_parser_of_transformers_reads_it(tmp_path):
         ({"feature_map": 3}, TypeError, "feature_map: expected a name such as 'module:function', got 3"),
         ({"eos_token_ids": 2}, TypeError, "eos_token_ids: expected a list of token ids, got 2"),
         ({"eos_token_ids": [True]}, TypeError, r"eos_token_ids: expected a list of token ids, got \[True\]"),
+        ({"replay_rollouts": 1}, TypeError, "replay_rollouts: expected True or False, got 1"),
         ({"eos_token_ids": [2, -1]}, ValueError, r"eos_token_ids: expected token ids of at least 0, got \[2, -1\]"),
         ({"pooling": "max"}, ValueError, "pooling: expected one of 'last_token', .*; got 'max'"),
         ({"normalize": "l2"}, ValueError, "normalize: expected one of 'joint', .*; got 'l2'"),
