@@ -1,7 +1,7 @@
 """One whole training step beside the published algorithm and beside the matrix products that it cannot avoid.
 
     python -m bench.step [--model llama-256] [--length 1024] [--vocab 32768] [--threads 2] [--rounds 3]
-                         [--device cuda] [--against nobody] [--peer ebft_openrlhf=DIR]
+                         [--device cuda] [--against nobody] [--computed] [--peer ebft_openrlhf=DIR]
 
 Both run on the same random weights with the same random numbers, and their losses are compared before anything is
 reported; peers (bench/peers), which draw numbers of their own, are compared with the library before. Times are medians
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -51,6 +52,8 @@ from .shapes import MODELS, Geometry, ModelShape
 
 PHASES = ("rollout", "features", "matching", "policy", "backward")
 OURS, PUBLISHED, FLOOR = "ebft-kernels", "published algorithm", "floor"
+#: The library with a policy forward that is computed, not replayed from decoding.
+COMPUTED = f"{OURS}, policy computed"
 #: Contestants and the attention that the published algorithm's model runs with.
 PUBLISHED_ATTENTION = {PUBLISHED: "eager", f"{PUBLISHED}, SDPA": "sdpa"}
 
@@ -73,6 +76,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds")
     parser.add_argument("--against", action="append", choices=["nobody", *PUBLISHED_ATTENTION], help="default: all")
+    parser.add_argument("--computed", action="store_true", help="the library without replay_rollouts beside itself")
     parser.add_argument("--peer", action="append", metavar="NAME=DIR", type=_peer, help=f"one of {peers.NAMES}")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -84,7 +88,8 @@ def main() -> None:
     if arguments.memory_of:
         print(json.dumps(setup.peak_bytes(arguments.memory_of)))
         return
-    names = [OURS, *(name for name in arguments.against or PUBLISHED_ATTENTION if name != "nobody"), *checkouts]
+    others = [name for name in arguments.against or PUBLISHED_ATTENTION if name != "nobody"]
+    names = [OURS, *([COMPUTED] if arguments.computed else []), *others, *checkouts]
     setup.check_peers()
     about = f"{shape.name}, V={shape.vocab}, {setup.geometry}, S={setup.layout.packed_length}, {arguments.dtype}"
     print(f"{about}. {machine_line(setup.device)}")
@@ -220,8 +225,9 @@ class Setup:
             return None, self.peer(name).step(self.prompt).seconds
         self.model.zero_grad(set_to_none=True)
         generator = torch.Generator(self.device).manual_seed(0)
-        if name == OURS:
-            step = ebft_step(self.model, self.features, self.prompt, self.layout, self.options, generator=generator)
+        if name in (OURS, COMPUTED):
+            options = replace(self.options, replay_rollouts=name == OURS)
+            step = ebft_step(self.model, self.features, self.prompt, self.layout, options, generator=generator)
             seconds = {phase: step.metrics[f"seconds/{phase}"] for phase in PHASES[:-1]}
         else:
             before = self.model.config._attn_implementation
@@ -237,15 +243,16 @@ class Setup:
     def time(self, names: Sequence[str], rounds: int) -> Seconds:
         """Medians of everyone and of the floor, in turn.
 
-        The library and the floor run thrice in each round, after one warm-up. The others run once: their steps take
-        minutes, so that they spread less and need no warm-up.
+        The library, in each of its ways, and the floor run thrice in each round, after one warm-up. The others run
+        once: their steps take minutes, so that they spread less and need no warm-up.
 
         Raises:
             RuntimeError: the contestants' losses differ by more than rounding can explain.
         """
         works = self._floor()
         seconds: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in [*names, FLOOR]}
-        turns = [[OURS], *([OURS], names, [OURS]) * rounds]
+        own = [name for name in names if name in (OURS, COMPUTED)]
+        turns = [own, *(own, names, own) * rounds]
         with clocks_that_wait(self.device):
             for count, turn in enumerate(turns):
                 losses = {}
@@ -268,7 +275,7 @@ class Setup:
 
     def peak_bytes(self, name: str) -> int:
         """Peak memory of one step above the loaded models; to be called first in a process."""
-        if name == OURS:
+        if name in (OURS, COMPUTED):
             _ = self.features
         elif name in self._checkouts:
             self.peer(name)

@@ -9,7 +9,7 @@ from bench import step
 from bench.shapes import Geometry, ModelShape
 
 SHAPE = ModelShape("small", 24, 40, 4, 4, 2, 8, 97)
-NAMES = [step.OURS, *step.PUBLISHED_ATTENTION]
+NAMES = [step.OURS, step.COMPUTED, *step.PUBLISHED_ATTENTION]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,15 @@ def test_another_loss_stops_it(setup, monkeypatch):
     real, other = step.published_step, step.EBFTOptions(eos_token_ids=[], temperature=1.5, alignment_coef=3.0)
     monkeypatch.setattr(step, "published_step", lambda *args, **kwargs: real(*args[:4], other, **kwargs))
     with pytest.raises(RuntimeError, match="published algorithm: loss"):
-        setup.time(NAMES[:2], rounds=1)
+        setup.time([step.OURS, step.PUBLISHED], rounds=1)
+
+
+def test_a_policy_that_is_computed_has_the_loss_of_one_that_is_replayed(setup, monkeypatch):
+    asked, real = [], step.ebft_step
+    monkeypatch.setattr(step, "ebft_step", lambda *args, **kwargs: asked.append(args[4]) or real(*args, **kwargs))
+    losses = [setup.run(name)[0] for name in (step.OURS, step.COMPUTED)]
+    assert [options.replay_rollouts for options in asked] == [True, False]
+    assert abs(losses[0] - losses[1]) < 1e-5
 
 
 def test_gradients_are_those_of_one_step(setup):

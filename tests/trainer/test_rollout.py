@@ -131,14 +131,14 @@ def test_numbers_at_the_edges_never_draw_an_impossible_token_by_blocks():
     for vocabulary in (4, 3000):
         logits = torch.full((1, vocabulary), -math.inf)  # most blocks are nothing else
         logits[0, 1] = logits[0, vocabulary // 2 + 1] = 3.0
-        ids, log_probs = draw_by_blocks(logits, edges)
+        ids, log_probs, _ = draw_by_blocks(logits, edges)
         assert ids.tolist() == [[1, vocabulary // 2 + 1, vocabulary // 2 + 1]]
         assert (log_probs + math.log(2)).abs().max() <= 2 * torch.finfo(torch.float32).eps
     logits[0, 1] = -math.inf
     logits = logits.expand(2, 3000)  # rows that share memory
-    ids, log_probs = draw_by_blocks(logits, edges.expand(2, 3))
+    ids, log_probs, _ = draw_by_blocks(logits, edges.expand(2, 3))
     assert (ids == 1501).all() and (log_probs == 0).all()
-    ids, log_probs = draw_by_blocks(torch.full((1, 3000), math.nan), edges)
+    ids, log_probs, _ = draw_by_blocks(torch.full((1, 3000), math.nan), edges)
     assert (ids >= 0).all() and (ids < 3000).all() and log_probs.isnan().all()
 
 
@@ -147,7 +147,7 @@ def test_numbers_at_the_edges_never_draw_an_impossible_token_by_blocks():
 @pytest.mark.parametrize("vocabulary", (1, 129, 3000))
 def test_drawing_by_blocks_scores_what_it_draws(vocabulary, dtype):
     logits = randn(40, vocabulary, seed=vocabulary, dtype=dtype).mul_(4)
-    ids, log_probs = draw_by_blocks(logits.clone(), grid(7, 40))
+    ids, log_probs, _ = draw_by_blocks(logits.clone(), grid(7, 40))
     eager, truth = (x.log_softmax(-1).gather(1, ids) for x in (logits.to(log_probs.dtype), logits.double()))
     if dtype == torch.float64:
         assert (log_probs - truth).abs().max() <= 100 * torch.finfo(dtype).eps
