@@ -203,7 +203,8 @@ def test_a_verifier_of_tokens_raises_its_reward(plain, config):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_divergence_from_the_model_as_it_was_given(plain, config, bf16):
-    options = config(kl_coef=0.5, bf16=bf16, learning_rate=1e-1)
+    # A replayed forward rounds as decoding did, not as the reference's forward does.
+    options = config(kl_coef=0.5, bf16=bf16, learning_rate=1e-1, replay_rollouts=False)
     model = plain.build()
     trainer = EBFTTrainer(model, options, train_dataset=ROWS)
     assert not list(trainer.feature_network.parameters()), "it shares the reference's weights"
