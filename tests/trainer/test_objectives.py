@@ -389,7 +389,8 @@ def test_a_policy_that_is_its_reference_has_no_divergence(plain):
     layout, model = plain.layouts["strided"](), plain.build()
     prompt = plain.prompt_of(layout)
     for estimator in ("k1", "k2", "k3"):
-        config = options(objective="rlvr", kl_coef=1.0, kl_estimator=estimator)
+        # A replayed forward rounds as decoding did, not as the reference's forward does.
+        config = options(objective="rlvr", kl_coef=1.0, kl_estimator=estimator, replay_rollouts=False)
         result = ebft_step(
             model,
             None,

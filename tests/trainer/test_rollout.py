@@ -259,7 +259,7 @@ def test_autocast_leaves_float64_alone(plain):
 def test_a_low_temperature_does_not_overflow_float16():
     head = OutputHead(torch.tensor([[60.0], [59.0], [0.0]]).half(), None, 1.0, None)
     sampler = rollout._Sampler(1e-4, 1.0, 0, generator())
-    ids, log_probs = sampler.draw_rows(torch.ones(5, 1, dtype=torch.float16), head, 2)
+    ids, log_probs, _ = sampler.draw_rows(torch.ones(5, 1, dtype=torch.float16), head, 2)
     assert (ids == 0).all() and (log_probs == 0).all()
 
 
