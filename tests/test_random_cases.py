@@ -113,6 +113,7 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype, roundings: int, 
     assert actual.shape == expected.shape, (name, actual.shape, expected.shape)
     if not actual.numel():
         return
+    actual, expected = actual.detach(), expected.detach()
     largest = max(1.0, float(expected.abs().max()))
     error = float((actual.double() - expected.double()).abs().max())
     sums = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
