@@ -80,8 +80,9 @@ from .verifiers import TextVerifier, VerifierError
 _ELSEWHERE = NO_OPTIONS | dict.fromkeys(
     ("config", "resume", "overwrite", "allow_changes"), "it belongs on the command line"
 )
-#: What a run's configuration has not: secrets and second names.
-_NOT_WRITTEN = ("hub_token", "gradient_checkpointing", "gradient_checkpointing_kwargs")
+#: What a run's configuration has not: secrets, and second names, where this transformers has another first one.
+_NOT_WRITTEN = {"hub_token", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
+_NOT_WRITTEN -= {checkpointing_field(), checkpointing_field() + "_kwargs"}
 #: Those that a run records, for one that resumes it.
 _RECORDED = frozenset(
     "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate "

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from ebft_trainer import __main__, cli
 from ebft_trainer.arguments import given
 from ebft_trainer.card import changed_options
-from ebft_trainer.config import EBFTConfig
+from ebft_trainer.config import EBFTConfig, checkpointing_field
 
 NEEDED = ["train", "--model", "m", "--data", "d", "e", "--output", "run"]
 
@@ -65,7 +65,7 @@ def test_both_spellings_and_no_abbreviations(capsys):
         "--load-best-model-at-end --eval-strategy epoch --save-strategy epoch --no-log-on-each-node --use-cpu",
         '--fsdp --fsdp-config {"min_num_params":2000} --accelerator-config {"even_batches":false} --lora-rank 3',
         "--objective rlvr --verifier exact_match --run-name on --project 1:30 --ce-coef 0.5 --text-column Ä:#",
-        '--activation-checkpointing --liger-kernel-config {"rope":true} --metric-for-best-model eval_perplexity',
+        f'--{checkpointing_field()} --liger-kernel-config {{"rope":true}} --metric-for-best-model eval_perplexity',
     ],
 )
 def test_the_file_of_a_run_resolves_to_the_same_run(tmp_path, options):
@@ -79,7 +79,8 @@ def test_the_file_of_a_run_resolves_to_the_same_run(tmp_path, options):
 
 def test_what_is_written_down(tmp_path):
     settings = yaml.safe_load(resolved([*NEEDED, "--hub-token", "secret"])[2])
-    absent = {"hub_token", "use_cpu", "dataloader_pin_memory", "disable_tqdm", "gradient_checkpointing", "do_train"}
+    absent = {"hub_token", "use_cpu", "dataloader_pin_memory", "disable_tqdm", "do_train"}
+    assert settings[checkpointing_field()] is False
     assert settings["seed"] == 42 and settings["eval_fraction"] == 0.05 and not absent & set(settings)
     assert "use_cpu" in yaml.safe_load(resolved([*NEEDED, "--use-cpu"])[2])
     # Coefficients of one objective do not outlive it, those that were given do.
@@ -90,7 +91,7 @@ def test_what_is_written_down(tmp_path):
 
 
 def test_the_options_in_a_model_card_are_read(tmp_path):
-    config = resolved([*NEEDED, "--eval-steps", "5", "--feature-layers", "1", "0.5", "--activation-checkpointing"])[1]
+    config = resolved([*NEEDED, "--eval-steps", "5", "--feature-layers", "1", "0.5", f"--{checkpointing_field()}"])[1]
     config.eval_on_start = True  # as `train` does
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(changed_options(config)))
     assert changed_options(resolved([*NEEDED, "--config", str(tmp_path / "card.yaml")])[1]) == changed_options(config)
@@ -208,7 +209,7 @@ def test_what_a_resumed_run_must_agree_in_is_recorded(model_folder):
     parsed = cli._parser().parse_args([*NEEDED[:2], str(model_folder), "--data", __file__, *NEEDED[-2:]])
     arguments = cli.TrainArguments(**given(cli.TrainArguments, parsed))
     record = cli._run_record(arguments, cli._config(parsed))["training"]
-    assert set(record) == cli._RECORDED and record["adam_beta2"] == 0.999
+    assert set(record) == cli._RECORDED & {x.name for x in fields(EBFTConfig)} and record["adam_beta2"] == 0.999
 
 
 def imported_by(*arguments: str) -> tuple[str, set[str]]:
