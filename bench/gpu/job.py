@@ -114,7 +114,7 @@ class Job:
         found: Row = {"first_seconds": first.seconds, "peak_bytes": first.peak_bytes}
         if once:
             return found
-        limits = {"seconds": 0.0, "least": 2} if self.rehearsal else {}
+        limits = {"seconds": 0.0, "least": 2} if self.rehearsal else {"seconds": 0.25}
         timing = per_call(calls, self.device, **limits)
         return found | timing.seconds._asdict() | {"how": timing.how}
 
