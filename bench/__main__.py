@@ -3,11 +3,12 @@
     python -m bench                                    # a selection that takes minutes on a CPU
     python -m bench --op strided_attention --model Qwen2.5-1.5B --length 1024 --batch 8 --dtype bfloat16 --device cuda
 
-Everyone is first checked, results and gradients, against float64 at a short length; who is wrong gets no time. Then all
-are timed in turn in one process, beside the floor (bench/floors.py). "cold" is the first forward of the process, at
-that short length, with nothing found that was compiled earlier. On a GPU, times are between events, its cache is
-overwritten before each run, and what is short is replayed as a CUDA graph, without the host's time. Writes
-results.json, results.md and results.png to the output folder.
+Everyone is first checked, results and gradients, against float64 at a short length, and on a GPU at one of many tiles
+with heads of 128 and at the timed shape, where it fits into memory; who is wrong gets no time. Then all are timed in
+turn in one process, beside the floor (bench/floors.py). "cold" is the first forward of the process, at the short
+length, with nothing found that was compiled earlier. On a GPU, times are between events, its cache is overwritten
+before each run, and what is short is replayed as a CUDA graph, without the host's time. Writes results.json, results.md
+and results.png to the output folder.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from .shapes import MODELS, Geometry, ModelShape
 
 #: The prompt length and vocabulary at which results are checked.
 GATE_LENGTH, GATE_VOCAB = 72, 4096
+#: On a GPU also: a pipeline of several stages is in its steady state after some tiles only.
+STEADY_LENGTH, STEADY_HEAD_DIM = 1088, 128
 
 
 def main() -> None:
@@ -101,14 +104,35 @@ def gate(
     only: str | tuple[str, ...] = "",
 ) -> Gate:
     """Run everyone once and check them; ``only`` those whose name starts with this, or with one of these."""
-    model = model._replace(vocab=min(model.vocab, GATE_VOCAB))
-    problem = PROBLEMS[op](model, geometry._replace(batch=2, length=GATE_LENGTH), dtype, device)
-    entries = {name: contestant for name, contestant in problem.contestants.items() if name.startswith(only)}
+
+    def entered(model: ModelShape, geometry: Geometry) -> Problem:
+        problem = PROBLEMS[op](model, geometry, dtype, device)
+        return problem._replace(contestants={k: v for k, v in problem.contestants.items() if k.startswith(only)})
+
+    small = model._replace(vocab=min(model.vocab, GATE_VOCAB))
+    problem = entered(small, geometry._replace(batch=2, length=GATE_LENGTH))
     cold = {}
-    for name, contestant in entries.items():
+    for name, contestant in problem.contestants.items():
         with contextlib.suppress(Exception):  # what it is, the check below tells
             cold[name] = first_run(prepared(contestant, problem.inputs, "forward"), device).seconds
-    return Gate(errors(problem._replace(contestants=entries)), cold)
+    wrong = errors(problem)
+    for larger in (steady(small, geometry), (model, geometry)) if device.type == "cuda" else ():
+        try:
+            found = errors(entered(*larger))
+        except torch.OutOfMemoryError:
+            print(f"{op}: not checked at {larger[1]}: its float64 results do not fit into memory", file=sys.stderr)
+            continue
+        for name, error in found.items():
+            if not error.startswith("OutOfMemoryError"):  # beside what it is checked with
+                wrong[name] = wrong[name] or error
+    return Gate(wrong, cold)
+
+
+def steady(model: ModelShape, geometry: Geometry) -> tuple[ModelShape, Geometry]:
+    """One group of heads of at least 128 over a prompt of many tiles, whatever is timed."""
+    one_group = {"heads": model.heads // model.kv_heads, "kv_heads": 1}
+    model = model._replace(**one_group, head_dim=max(model.head_dim, STEADY_HEAD_DIM))
+    return model, geometry._replace(batch=1, length=STEADY_LENGTH)
 
 
 def measure(

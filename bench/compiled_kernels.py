@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 
 from ebft_kernels import _native
+from ebft_kernels._tiles import declines
 
 from . import _cases, _cuda_kernels
 from ._binaries import TENSOR_INSTRUCTIONS, WIDE_LOADS, WIDE_STORES, read_binary
@@ -45,7 +46,7 @@ def _calls() -> dict[str, Callable[[], _cases.Call]]:
     one_group = qwen._replace(heads=6, kv_heads=1)  # too little for any GPU, unless it is split along the keys
     bfloat16, float32 = torch.bfloat16, torch.float32
     attention, step = _cases.attention, _cases.attention_step
-    return {
+    calls = {
         "bf16 D=128": lambda: attention(qwen, small.layout(), bfloat16),
         "bf16 D=64": lambda: attention(llama, small.layout(), bfloat16),
         "bf16 D=256": lambda: attention(wide, small.layout(), bfloat16),
@@ -69,6 +70,8 @@ def _calls() -> dict[str, Callable[[], _cases.Call]]:
         "geometry": lambda: _cases.geometry(qwen, small.layout()),
         "match fp32 n=17": lambda: _cases.matching(qwen, small._replace(samples=17).layout(), "none"),
     }
+    declined = {f"match fp32 n={n}" for n in (16, 17) if declines("feature_matching", {"n": n})}  # by an older Triton
+    return {name: call for name, call in calls.items() if name not in declined}
 
 
 #: Kernels whose time goes into matrix products: how they load and store is of no account.

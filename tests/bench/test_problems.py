@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import __main__ as main
 from bench.__main__ import Gate, choice, compiling_anew, gate, measure
 from bench.problems import FLOOR, PROBLEMS, Contestant, errors
 from bench.report import markdown, plot, write_json
@@ -31,6 +32,32 @@ def test_everyone_is_right(op):
     found = errors(problem(op))
     assert len(found) >= 2
     assert not any(found.values()), found
+
+
+def test_on_a_gpu_long_rows_of_wide_heads_and_the_timed_shape_are_checked_too(monkeypatch, capsys):
+    """Who is wrong at one of them gets no time; what does not fit into memory is said, and no mistake."""
+    made, checked = problem("mean_embedding_loss"), []
+    timed = Geometry(batch=3, length=4096)
+
+    def build(model, geometry, _dtype, _device):
+        checked.append((model, geometry))
+        return made
+
+    def errors(_problem):
+        length = checked[-1][1].length
+        if length == 4096:
+            raise torch.OutOfMemoryError("no memory")
+        return {"ebft torch": "wrong" if length == 1088 else "", "plain PyTorch": "OutOfMemoryError: in the long one"}
+
+    monkeypatch.setitem(main.PROBLEMS, "mean_embedding_loss", build)
+    monkeypatch.setattr(main, "errors", errors)
+    monkeypatch.setattr(main, "first_run", lambda *_: None)
+    passed = gate("mean_embedding_loss", MODEL, timed, torch.float32, torch.device("cuda"))
+    assert [geometry.length for _, geometry in checked] == [72, 1088, 4096]
+    assert (checked[1][0].head_dim, checked[1][0].heads, checked[1][0].kv_heads) == (128, 2, 1)
+    assert checked[2] == (MODEL, timed)
+    assert passed.wrong["ebft torch"] == "wrong"
+    assert "mean_embedding_loss: not checked at B=3 P=4096" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("op", PROBLEMS)
