@@ -131,7 +131,7 @@ def plain_tail_logits(
             cache = DynamicCache()
             with in_place_of_head(model, form, keep):
                 for start, end in pairwise(starts):
-                    model(input_ids=row[:, start:end], past_key_values=cache, use_cache=True, **short)
+                    model(input_ids=row[:, start:end], use_cache=True, **{known.cache_keyword: cache}, **short)
             tails.append(found[-1])
             found.clear()
     finally:

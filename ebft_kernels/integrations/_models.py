@@ -29,6 +29,7 @@ class ModelFacts:
         configs: every config from which the decoder's modules read their attention implementation.
         windowed: numbers of the layers that attend in a sliding window.
         takes_keywords: whether ``forward`` accepts keywords that it does not know.
+        cache_keyword: what ``forward`` calls its cache of keys and values: transformers 5.24 has renamed it.
         keeps_logits: whether ``forward`` accepts ``logits_to_keep``.
         positions: how many positions it has learned embeddings, or a table, of; None: any number.
         obstacle: why the model cannot be run strided; empty when nothing is known against it.
@@ -39,6 +40,7 @@ class ModelFacts:
     configs: tuple[Any, ...]
     windowed: frozenset[int]
     takes_keywords: bool
+    cache_keyword: str
     keeps_logits: bool
     positions: int | None
     obstacle: str
@@ -150,6 +152,7 @@ def _find_facts(base: PreTrainedModel) -> ModelFacts:
         config=config,
         configs=tuple(configs.values()),
         windowed=_windowed_layers(config),
+        cache_keyword="cache" if "cache" in parameters else "past_key_values",
         takes_keywords=any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()),
         keeps_logits="logits_to_keep" in parameters,
         positions=_learned_positions(decoder),

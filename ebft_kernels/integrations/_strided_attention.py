@@ -30,6 +30,7 @@ NAME = "strided"
 # Keywords that models hand down to their attention function and that do not change what it computes.
 _HARMLESS = frozenset(
     {
+        "cache",
         "cache_position",
         "labels",
         "layer_idx",
@@ -49,7 +50,6 @@ _HARMLESS = frozenset(
 # What torch's own attention honours, or what transformers has folded into the mask by then. Not softcap: "sdpa" raises
 # on it or ignores it, depending on the release.
 _PLAIN = _HARMLESS | {
-    "cache",
     "cu_seq_lens_k",
     "cu_seq_lens_q",
     "is_causal",

@@ -208,7 +208,7 @@ def _forward_arguments(
         mask = carrier_mask(call, positions.device)
     kwargs: dict[str, Any] = {"position_ids": positions, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
-        kwargs["past_key_values"] = cache
+        kwargs[known.cache_keyword] = cache
     if known.takes_keywords:
         kwargs["strided_layout"] = call
     return kwargs
