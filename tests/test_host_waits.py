@@ -98,7 +98,8 @@ def test_the_hot_part_of_a_step_does_not_wait(eos_token_ids, cuda, monkeypatch):
     from ebft_trainer import EBFTOptions, FeatureNetwork, ebft_step, step
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=4, head_dim=16, **sizes))
+    # In train mode a first step finds out, once, whether dropout is drawn, and puts the GPU's random state back.
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=4, head_dim=16, **sizes)).eval()
     phi = FeatureNetwork(model).to(cuda)
     model.to(cuda)
     layout = StridedLayout.strided(2, 17, context=4, stride=4, horizon=3, samples=2).to(cuda)
