@@ -16,6 +16,7 @@ from torch import Tensor
 
 import ebft_kernels
 from ebft_kernels import StridedLayout
+from ebft_kernels.logprob._draw import draw_tokens
 
 from .shapes import MODELS, Geometry, ModelShape
 
@@ -86,6 +87,13 @@ def log_probs(rows: int, channels: int, vocabulary: int, dtype: torch.dtype, **o
     hidden, weight = (torch.empty(x, channels, dtype=dtype, requires_grad=True) for x in (rows, vocabulary))
     targets = torch.zeros(rows, dtype=torch.int64)
     return Call(lambda: (ebft_kernels.linear_log_probs(hidden, weight, targets, impl="triton", **options),))
+
+
+def draw(rows: int, vocabulary: int, dtype: torch.dtype, **options: object) -> Call:
+    """One token drawn from each row of logits."""
+    logits = torch.empty(rows, vocabulary, dtype=dtype)
+    uniform = torch.zeros(rows, 1, dtype=torch.float64)
+    return Call(lambda: draw_tokens(logits, uniform, impl="triton", **options), False)
 
 
 def dense_mask(_model: ModelShape, rows: StridedLayout) -> Call:

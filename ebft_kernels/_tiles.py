@@ -222,3 +222,16 @@ def softmax_tiles(target: Target, itemsize: int) -> list[Tile]:
     if target.arch == "interpreter":
         return [Tile({"BLOCK": 64}, 1)]
     return [Tile({"BLOCK": 2 * 4 * _lanes(target) * 16 // itemsize}, 4)]
+
+
+@functools.cache
+def draw_tiles(target: Target, itemsize: int, *, cut: bool = False) -> list[Tile]:
+    """Tiles of the kernels that draw tokens: ``GROUP`` blocks of 128 logits, two loads of 16 bytes per thread.
+
+    One where thresholds are looked for: its masks and sums need registers, and the search waits for loads and sums over
+    all threads, while other programs of the processor may run.
+    """
+    if target.arch == "interpreter":
+        return [Tile({"GROUP": 4}, 1)]
+    loads, registers = (1, 168) if cut else (2, None)  # left to itself, or at 128, the assembler spills
+    return [Tile({"GROUP": loads * 4 * _lanes(target) * 16 // itemsize // 128}, 4, max_registers=registers)]

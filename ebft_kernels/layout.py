@@ -33,6 +33,9 @@ class KeyRanges(NamedTuple):
     own_start: Tensor
 
 
+_TENSORS = ("anchors", "valid", "lengths", "prompt_start", "position_ids")
+
+
 class StridedLayout:
     """Where every token of a batch of packed rows stands, what it sees and which row predicts it. Immutable.
 
@@ -297,6 +300,31 @@ class StridedLayout:
         tensors = ("anchors", "valid", "lengths", "prompt_start")
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
 
+    def _copy(self) -> StridedLayout:
+        """The same layout in memory of its own, which :meth:`_refill` may write to."""
+        self._check_unchanged()
+        found = StridedLayout.__new__(StridedLayout)
+        own = {name: getattr(self, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS}
+        ranges = KeyRanges(*(x.clone(memory_format=torch.contiguous_format) for x in self.key_ranges))
+        found.__setstate__({**self.__dict__, **own, "key_ranges": ranges})
+        return found
+
+    def _refill(self, other: StridedLayout) -> None:
+        """Become ``other``, a layout of the same sizes, in the memory of this one: for work that was recorded with it.
+
+        Only of a :meth:`_copy` that nobody else holds, and that no implementation remembers anything about: those of
+        Triton and the compiled ones do not.
+        """
+        other._check_unchanged()
+        if (self._sizes(), self.device) != (other._sizes(), other.device):
+            raise ValueError(f"other: expected a layout of the sizes of {self}, got {other}")
+        for name in _TENSORS:
+            getattr(self, name).copy_(getattr(other, name))
+        for mine, theirs in zip(self.key_ranges, other.key_ranges, strict=True):
+            mine.copy_(theirs)
+        self.__dict__["num_valid"] = other.num_valid
+        self.__dict__["_versions"] = self._tensor_versions()
+
     def without_last_step(self) -> StridedLayout:
         """The same anchors with rollouts of G-1 tokens.
 
@@ -499,7 +527,7 @@ class StridedLayout:
         """How often each tensor was written to; None where torch does not count (inference mode, traced code)."""
         if torch.compiler.is_compiling():
             return None
-        tensors = (self.anchors, self.valid, self.lengths, self.prompt_start, self.position_ids, *self.key_ranges)
+        tensors = (*(getattr(self, name) for name in _TENSORS), *self.key_ranges)
         return None if any(x.is_inference() for x in tensors) else tuple(x._version for x in tensors)
 
     def _check_unchanged(self) -> None:

@@ -37,7 +37,9 @@ TORCH = [
     Private("torch._assert_async", "ebft_kernels/logprob/_tiled.py"),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu", "ebft_kernels/attention/_torch.py"),
     Private("torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "ebft_kernels/attention/_torch.py"),
+    Private("torch.utils._python_dispatch.TorchDispatchMode", "python/ebft_trainer/decoding_graphs.py"),
     Private("torch.utils._python_dispatch.TorchDispatchMode", "python/ebft_trainer/dry_run.py"),
+    Private("torch.utils._pytree.tree_leaves", "python/ebft_trainer/decoding_graphs.py"),
     Private("torch.utils._pytree.tree_leaves", "python/ebft_trainer/dry_run.py"),
 ]
 _TRAINER = "transformers.Trainer."

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft_kernels import FeatureMatching, StridedLayout
+from ebft_kernels.logprob._draw import draw_from
 from ebft_trainer.config import EBFTOptions
 from ebft_trainer.features import layer_numbers
-from ebft_trainer.rollout import draw
 
 from .features import match_by_batched_svd
 
@@ -130,7 +130,7 @@ def _generate(
         # The numbers that ebft_trainer draws, in its order (batch, anchor, sample).
         uniform = torch.rand(batch * count * samples, dtype=torch.float64, generator=generator, device=prompt.device)
         uniform = uniform.view(batch, count, samples).transpose(1, 2).reshape(-1, 1)
-        token = draw(probability.flatten(0, 1), uniform).view(-1, count)
+        token = draw_from(probability.flatten(0, 1), uniform).view(-1, count)
         sequences = torch.cat([sequences, token], 1)
     return sequences
 

@@ -91,6 +91,7 @@ class EBFTOptions:
     temperature: float = option(0.6, "sampling temperature, also of the scoring; 0: greedy, scored at 1")
     top_p: float = option(1.0, "sample from the smallest set of tokens with at least this probability")
     top_k: int = option(0, "sample from this many most likely tokens; 0: all")
+    cuda_graphs: bool = option(False, "replay rollouts' decoding steps as CUDA graphs; their memory stays in use")
     eos_token_ids: list[int] | None = option(
         None,
         "tokens that end a rollout; default: the model's own and the tokenizer's; an empty list: rollouts never end",

@@ -30,7 +30,7 @@ from ebft_kernels.logprob._tiled import tile_shape
 
 from .config import EBFTOptions
 from .features import FeatureNetwork
-from .rollout import draws_by_blocks, rows_at_once
+from .rollout import draws_by, tile_rows
 
 #: "whole_response": reinforcement learning on whole responses, not the trainer's objective "rlvr" of strided rollouts.
 OBJECTIVES = ("ebft", "sft", "whole_response")
@@ -139,9 +139,16 @@ def dry_run(model: nn.Module, feature_network: FeatureNetwork | None, job: Job, 
         fixed[FEATURE_NETWORK] = sum(x.nbytes for x in own)
     rows = _rows_of(job)
     with ledger:
+        kept: list[object] = []
         if job.objective != "sft":
-            _run_rollouts(ledger, model, rows, job.options)
-        kept = []
+            cache = _run_rollouts(ledger, model, rows, job.options)
+            if job.options.cuda_graphs and rows.meta.horizon > 1 and not on_cpu:
+                # What recorded steps read and write stays.
+                kept.append(cache)
+                count = rows.meta.batch_size * rows.meta.num_anchors * rows.meta.samples
+                head = model.get_output_embeddings().weight
+                fixed[WORKSPACE] = _sampling_workspace(on_cpu, count, head, job.options)
+            del cache
         if feature_network is not None:
             with ledger.phase("features", rows.whole.visible_pairs):
                 features = feature_network(ledger.tokens(rows.meta.packed_length), rows.meta)
@@ -172,7 +179,7 @@ def _scored(layout: StridedLayout, job: Job) -> StridedLayout:
 
 
 @torch.no_grad()
-def _run_rollouts(ledger: _Ledger, model: nn.Module, rows: _Rows, options: EBFTOptions) -> None:
+def _run_rollouts(ledger: _Ledger, model: nn.Module, rows: _Rows, options: EBFTOptions) -> StridedCache:
     """As `sample_rollouts`, with one decoding step for all: each needs the same memory."""
     model.eval()
     layout, steps = rows.meta, rows.meta.horizon - 1
@@ -182,27 +189,34 @@ def _run_rollouts(ledger: _Ledger, model: nn.Module, rows: _Rows, options: EBFTO
         ledger.tag(CACHE, *(x for layer in cache.layers for x in (layer.keys, layer.values)))
         _sample(ledger, hidden, model.get_output_embeddings().weight, options)
     if not steps:
-        return
+        return cache
     pairs = lambda window: rows.scored.visible_pairs(window) - rows.prompt.visible_pairs(window)  # noqa: E731
     with ledger.phase("rollout: steps", pairs, times=steps):
         tokens = ledger.tokens(layout.num_anchors * layout.samples)
         hidden = hidden_states(model, tokens, layout, cache=cache, step=steps - 1)
         _sample(ledger, hidden, model.get_output_embeddings().weight, options)
+    return cache
 
 
 def _sample(ledger: _Ledger, hidden: Tensor, head: Tensor, options: EBFTOptions) -> None:
-    """The head's products for a chunk of rows, and their logits, which become probabilities.
-
-    Compiled code needs nothing for the latter unless they are cut off; greedy rollouts have all log-probabilities too.
-    """
+    """The head's products for a tile of rows, and their logits."""
     count = hidden[..., 0].numel()
     ledger.now.operations["head"] += 2 * ledger.now.times * count * head.numel()
-    numbers = min(count, rows_at_once(head.shape[0])) * head.shape[0]
-    narrow, wide = head.dtype.itemsize, max(4, head.dtype.itemsize)
-    if not (ledger.on_cpu and head.dtype != torch.float16 and draws_by_blocks(options, "cpu", head.dtype)):
-        numbers *= wide + (narrow if narrow < wide else 0) + (0 if options.temperature else wide)
-        narrow = 1
-    ledger.transient(numbers * narrow)
+    ledger.transient(_sampling_workspace(ledger.on_cpu, count, head, options))
+
+
+def _sampling_workspace(on_cpu: bool, rows: int, head: Tensor, options: EBFTOptions) -> int:
+    """Bytes for the logits of a tile of rows; kernels need none beside them but statistics of blocks of tokens. In
+    PyTorch they become their probabilities, and greedy rollouts have all log-probabilities beside them."""
+    vocabulary, narrow, wide = head.shape[0], head.dtype.itemsize, max(4, head.dtype.itemsize)
+    if on_cpu:
+        impl = draws_by(options, "cpu", head.dtype)
+    else:
+        impl = "torch" if head.dtype == torch.float64 else "triton"
+    numbers = min(rows, tile_rows(rows, vocabulary, impl, narrow, "cpu" if on_cpu else "cuda")) * vocabulary
+    if impl == "triton" or (impl == "native" and head.dtype != torch.float16):
+        return numbers * narrow
+    return numbers * (wide + (narrow if narrow < wide else 0) + (0 if options.temperature else wide))
 
 
 def _run_policy(ledger: _Ledger, model: nn.Module, rows: _Rows, job: Job, trained: list[nn.Parameter]) -> int:

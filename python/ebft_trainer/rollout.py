@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ebft_kernels import StridedLayout, select_impl
+from ebft_kernels import StridedLayout
 from ebft_kernels._checks import check_int, check_positive, check_tensor
 from ebft_kernels.integrations.transformers import OutputHead, StridedCache, apply_head, base_model, evaluation_mode
 from ebft_kernels.layout import check_layout
-from ebft_kernels.logprob._native import block_statistics
+from ebft_kernels.logprob._draw import draw_impl, draw_tokens
+from ebft_kernels.logprob._tiled import TILE_BYTES
+
+from .decoding_graphs import StepGraphs, fingerprint, is_recordable
 
 if TYPE_CHECKING:
     from .config import EBFTOptions
     from .replay import RecordedRollouts
 
-# Logits held at once: 64 MB in float32.
+# Logits held at once on a CPU: 64 MB in float32. Elsewhere TILE_BYTES: every tile of rows reads the whole weight again.
 _CHUNK_NUMEL = 1 << 24
-# Probabilities per block of the two-level search: whole blocks are added up first, then one block token by token.
-_BLOCK = 128
+# Rows of logits begin at multiples of so many numbers where kernels load 16 bytes at a time.
+_PITCH = 64
 
 
 @torch.no_grad()
@@ -39,6 +44,7 @@ def sample_rollouts(
     vocabulary: int | None = None,
     generator: torch.Generator | None = None,
     recorded: RecordedRollouts | None = None,
+    cuda_graphs: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Draw ``n`` rollouts of ``G`` tokens at every anchor, each given the prompt before its anchor.
 
@@ -61,6 +67,11 @@ def sample_rollouts(
         generator: of the uniform numbers, on any device; None: torch's default one on the model's device. The same
             state gives the same rollouts on the same machine.
         recorded: keeps what was computed, for :func:`ebft_trainer.scoring.policy_log_probs`; no rollout depends on it.
+        cuda_graphs: record the decoding steps at the second call with this model and these sizes, and replay them at
+            later ones: the same rollouts with one launch per step. Keys, values and logits stay in memory between the
+            calls. What a model is switched to in Python in the meantime, other than autocast and the choice of its
+            adapters, is not seen. A model that cannot be recorded is run as always; a line in the log says why. With
+            ``recorded`` there are none.
 
     Returns:
         tokens [B, A, n, G] int64 and log_probs [B, A, n, G] float32 (float64 for a float64 model), of each token under
@@ -73,37 +84,107 @@ def sample_rollouts(
     """
     _check_options(temperature, top_p, top_k)
     check_prompt(prompt, layout)
-    cache = StridedCache(layout)
-    sampler = _Sampler(temperature, top_p, top_k, generator)
-    recording = None if recorded is None else recorded.forward
-    tokens, log_probs, statistics = [], [], []
-
-    def first(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, P, C]
-        rows = layout.anchor_rows(hidden)  # [B, A, C]
-        return sampler.draw_rows(rows, head, layout.samples)
-
-    def later(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # hidden [B, A*n, C]
-        return sampler.draw_rows(hidden, head, 1)
-
+    sampler = Sampler(temperature, top_p, top_k, statistics=recorded is not None)
+    uniform = _uniform_numbers(layout, generator)
     with evaluation_mode(model):
-        for step in range(layout.horizon):
-            if step == 0:
-                drawn = apply_head(
-                    model, prompt, layout, first, cache=cache, vocabulary=vocabulary, recording=recording
-                )
-            else:
-                last, at = tokens[-1].flatten(1), {"cache": cache, "step": step - 1}
-                drawn = apply_head(model, last, layout, later, **at, vocabulary=vocabulary, recording=recording)
-            for part, results in zip(drawn, (tokens, log_probs), strict=False):
-                results.append(part.view(layout.batch_size, layout.num_anchors, layout.samples))
-            statistics.append(drawn[2])
-    rollouts, scores = torch.stack(tokens, 3), torch.stack(log_probs, 3)
-    if recorded is not None:
-        recorded.drawn(rollouts, scores, statistics)
+        # What is kept of a forward pass is kept by Python, which a graph does not run.
+        plain = not cuda_graphs or recorded is not None or layout.horizon == 1
+        if plain or not is_recordable(model, layout.device):
+            decoder = _Decoder(layout, sampler, vocabulary, recorded)
+            rollouts, scores = decoder.run(model, prompt, uniform)
+        else:
+            rollouts, scores = _run_recorded(model, prompt, layout, sampler, vocabulary, uniform)
     if not eos_token_ids:
         return rollouts, scores
     alive = before_end(rollouts, eos_token_ids)
     return rollouts.where(alive, eos_token_ids[0]), scores.where(alive, 0)
+
+
+@dataclass
+class _Decoder:
+    """Draws the rollouts of a layout step by step, into memory of its own."""
+
+    layout: StridedLayout
+    sampler: Sampler
+    vocabulary: int | None
+    recorded: RecordedRollouts | None = None
+    uniform: list[Tensor] = field(default_factory=list)
+    log_probs: Tensor | None = None  # [G, B, A*n]
+
+    def __post_init__(self) -> None:
+        layout = self.layout
+        self.cache = StridedCache(layout)
+        self.statistics: list[Tensor] = []  # of each step [R, 2], with `recorded`
+        size = (layout.horizon, layout.batch_size, layout.num_anchors * layout.samples)
+        self.tokens = torch.empty(size, dtype=torch.int64, device=layout.device)
+
+    def draw(self, model: nn.Module, prompt: Tensor | None, step: int) -> None:
+        """The tokens of one step, from the prompt or from the tokens of the step before."""
+
+        def function(hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:  # [B, P, C] or [B, A*n, C]
+            rows = hidden if step else self.layout.anchor_rows(hidden)  # [B, A, C]
+            return self.sampler.draw_rows(rows, head, self.uniform[step])
+
+        last, before = (self.tokens[step - 1], step - 1) if step else (prompt, None)
+        recording = None if self.recorded is None else self.recorded.forward
+        options = {"cache": self.cache, "step": before, "vocabulary": self.vocabulary, "recording": recording}
+        ids, log_probs, *statistics = apply_head(model, last, self.layout, function, **options)
+        if self.recorded is not None:
+            self.statistics += statistics
+        if self.log_probs is None:
+            self.log_probs = torch.empty_like(self.tokens, dtype=log_probs.dtype)
+        self.tokens[step] = ids.view_as(self.tokens[step])
+        self.log_probs[step] = log_probs.view_as(self.tokens[step])
+
+    def run(
+        self, model: nn.Module, prompt: Tensor, uniform: list[Tensor], graphs: StepGraphs | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities [B, A, n, G] for the uniform numbers of all steps."""
+        if graphs is None or not self.uniform:
+            self.uniform = uniform
+        else:  # recorded steps read them where they were
+            for place, numbers in zip(self.uniform, uniform, strict=True):
+                place.copy_(numbers)
+        self.draw(model, prompt, 0)
+        steps = [partial(self.draw, model, None, step) for step in range(1, self.layout.horizon)]
+        if graphs is not None:
+            graphs.run(model, steps)
+        else:
+            for step in steps:
+                step()
+        sizes = (self.layout.num_anchors, self.layout.samples)
+        drawn = (x.permute(1, 2, 0).unflatten(1, sizes) for x in (self.tokens, self.log_probs))
+        rollouts, scores = (x.clone(memory_format=torch.contiguous_format) for x in drawn)
+        if self.recorded is not None:
+            self.recorded.drawn(rollouts, scores, self.statistics)
+        return rollouts, scores
+
+
+# Model -> what its recorded steps were recorded with, the decoder that has their memory, and they.
+_recorded: WeakKeyDictionary[nn.Module, tuple[object, _Decoder | None, StepGraphs]] = WeakKeyDictionary()
+
+
+def _run_recorded(
+    model: nn.Module,
+    prompt: Tensor,
+    layout: StridedLayout,
+    sampler: Sampler,
+    vocabulary: int | None,
+    uniform: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    key = (sampler.temperature, sampler.top_p, sampler.top_k, vocabulary, fingerprint(model, layout))
+    known, decoder, graphs = _recorded.get(model, (None, None, None))
+    if graphs is not None and graphs.refused:
+        return _Decoder(layout, sampler, vocabulary).run(model, prompt, uniform)
+    if known != key:
+        decoder, graphs = _Decoder(layout._copy(), sampler, vocabulary), StepGraphs(layout.device)
+    else:
+        decoder.layout._refill(layout)
+    _recorded[model] = key, decoder, graphs
+    drawn = decoder.run(model, prompt, uniform, graphs)
+    if graphs.refused:
+        _recorded[model] = key, None, graphs
+    return drawn
 
 
 def end_tokens(model: nn.Module, eos_token_ids: Sequence[int] | None) -> tuple[int, ...]:
@@ -126,9 +207,17 @@ def end_tokens(model: nn.Module, eos_token_ids: Sequence[int] | None) -> tuple[i
     return ()
 
 
+def is_end(tokens: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """[...] bool of tokens [...]: which are among ``eos_token_ids``, of which no tensor has to reach the device."""
+    ends = torch.zeros_like(tokens, dtype=torch.bool)
+    for token in eos_token_ids:
+        ends |= tokens == token
+    return ends
+
+
 def before_end(rollouts: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
     """[..., G] bool of rollouts [..., G]: the tokens up to the first of ``eos_token_ids``, that one included."""
-    ends = torch.isin(rollouts, torch.tensor(eos_token_ids, device=rollouts.device))
+    ends = is_end(rollouts, eos_token_ids)
     return ends.cumsum(-1) - ends.long() == 0
 
 
@@ -140,8 +229,21 @@ def check_prompt(prompt: object, layout: object) -> None:
 
 
 def rows_at_once(vocabulary: int) -> int:
-    """Rows whose logits are held together."""
+    """Rows whose logits are held together on a CPU."""
     return max(1, _CHUNK_NUMEL // vocabulary)
+
+
+def tile_rows(rows: int, vocabulary: int, impl: str, itemsize: int, device_type: str) -> int:
+    """Rows of logits with ``itemsize`` bytes each that are drawn from together, of ``rows``.
+
+    On an accelerator as many as :data:`TILE_BYTES` hold, and no tile much smaller than the others: the weight is read
+    once for each.
+    """
+    if device_type == "cpu":
+        return rows_at_once(vocabulary)
+    # In PyTorch there are sorted probabilities, their ids and two tensors of integers beside the logits.
+    most = max(1, TILE_BYTES // (vocabulary * (itemsize if impl == "triton" else 32)))
+    return -(-rows // max(-(-rows // most), 1)) or 1
 
 
 def _check_options(temperature: float, top_p: float, top_k: int) -> None:
@@ -157,158 +259,58 @@ def _check_options(temperature: float, top_p: float, top_k: int) -> None:
     check_int("top_k", top_k, minimum=0)
 
 
+def _uniform_numbers(layout: StridedLayout, generator: torch.Generator | None) -> list[Tensor]:
+    """For each step the float64 numbers that its tokens are drawn with: [B*A, n], then G-1 times [B*A*n, 1].
+
+    float64, so that improbable tokens keep their probability. All before the first step: a generator on another device
+    is waited for once, and how rows are cut into tiles changes no rollout.
+    """
+    anchors, samples = layout.batch_size * layout.num_anchors, layout.samples
+    device = layout.device if generator is None else generator.device
+    shapes = [(anchors, samples)] + [(anchors * samples, 1)] * (layout.horizon - 1)
+    numbers = [torch.rand(x, dtype=torch.float64, device=device, generator=generator) for x in shapes]
+    return [x.to(layout.device) for x in numbers]
+
+
 @dataclass
-class _Sampler:
+class Sampler:
     """How tokens are drawn, and memory for logits: fresh pages in every step would cost as much as the softmax."""
 
     temperature: float
     top_p: float
     top_k: int
-    generator: torch.Generator | None
+    statistics: bool = False
     memory: Tensor | None = None  # [rows, V]
 
-    def draw_rows(self, rows: Tensor, head: OutputHead, draws: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states [..., C] -> ids and log-probabilities [R, draws] of tokens drawn from each of the R rows, and
-        of each row's logits the largest and the logarithm of the sum of ``exp(logit - largest)``, [R, 2]."""
+    def draw_rows(self, rows: Tensor, head: OutputHead, uniform: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states [..., C] and uniform numbers [R, d] -> ids and log-probabilities [R, d], d for each row; with
+        ``statistics`` of each row's logits the largest and the logarithm of the sum of ``exp(logit - largest)``,
+        [R, 2]."""
         rows = rows.flatten(0, -2)
-        device = rows.device if self.generator is None else self.generator.device
-        # All at once, so that the chunk size changes no rollout; float64, so that improbable tokens keep their
-        # probability.
-        uniform = torch.rand(rows.shape[0], draws, dtype=torch.float64, device=device, generator=self.generator)
-        size = rows_at_once(head.weight.shape[0])
-        parts = zip(rows.split(size), uniform.to(rows.device).split(size), strict=True)
-        drawn = (self._draw(self._logits(part, head), numbers) for part, numbers in parts)
-        return tuple(torch.cat(x) for x in zip(*drawn, strict=True))
-
-    def _logits(self, rows: Tensor, head: OutputHead) -> Tensor:
-        """[R, C] -> [R, V], over the temperature."""
-        temperature = self.temperature or 1.0
+        weight, temperature, memory = head.weight, self.temperature, None
+        impl = draws_by(self, rows.device, weight.dtype)
+        size = tile_rows(len(rows), weight.shape[0], impl, weight.dtype.itemsize, rows.device.type)
         # In 16 bits a quotient is rounded once more, and may be too large for float16.
-        if torch.is_autocast_enabled(rows.device.type) or head.weight.dtype == torch.float16:
-            logits = head.logits(rows)
-            return logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
-        if self.memory is None or len(self.memory) < len(rows):
-            self.memory = head.weight.new_empty(len(rows), head.weight.shape[0])
-        return head.at_temperature(temperature).logits(rows, self.memory[: len(rows)])
+        if not torch.is_autocast_enabled(rows.device.type) and weight.dtype != torch.float16:
+            head, temperature = head.at_temperature(temperature or 1.0), float(temperature > 0)
+            memory = self._memory_for(size, weight, impl)
+        parts = []
+        for some, numbers in zip(rows.split(size), uniform.split(size), strict=True):
+            logits = head.logits(some, None if memory is None else memory[: len(some)])
+            options = {"temperature": temperature, "top_p": self.top_p, "top_k": self.top_k, "impl": impl}
+            options["statistics"] = self.statistics
+            parts.append(draw_tokens(logits, numbers, **options))
+        return tuple(torch.cat(x) for x in zip(*parts, strict=True))
 
-    def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, log-probabilities [R, d] and statistics [R, 2] from logits [R, V], which may be overwritten, and uniform
-        numbers [R, d]."""
-        if draws_by_blocks(self, logits.device, logits.dtype):
-            return draw_by_blocks(logits, uniform)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        largest = logits.amax(-1, keepdim=True)
-        if self.temperature == 0:
-            log_probability = logits.log_softmax(-1)
-            index = logits.argmax(-1, keepdim=True)
-            scored = log_probability.gather(1, index)
-            statistics = torch.cat([largest, -scored], 1)
-            return index.expand_as(uniform), scored.expand_as(uniform), statistics
-        probability = logits.sub_(largest).exp_()
-        total = probability.sum(-1, keepdim=True)
-        probability.div_(total)
-        index = draw(probability, uniform, top_p=self.top_p, top_k=self.top_k)
-        return index, probability.gather(1, index).log_(), torch.cat([largest, total.log_()], 1)
+    def _memory_for(self, rows: int, weight: Tensor, impl: str) -> Tensor:
+        """[rows, V]"""
+        if self.memory is None or len(self.memory) < rows:
+            vocabulary, pitch = weight.shape[0], _PITCH if impl == "triton" else 1
+            self.memory = weight.new_empty(rows, -(-vocabulary // pitch) * pitch)[:, :vocabulary]
+        return self.memory[:rows]
 
 
-def draws_by_blocks(options: _Sampler | EBFTOptions, device: torch.device | str, dtype: torch.dtype) -> bool:
-    """Whether tokens are drawn from all of the softmax, and there is compiled code for such logits: in PyTorch all
-    probabilities in place take less time, and less memory."""
-    from_all = options.temperature > 0 and not options.top_k and options.top_p == 1
-    return from_all and select_impl("linear_log_probs", device, dtype) == "native"
-
-
-def draw_by_blocks(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens drawn from the softmax of each row, by inverting the cumulative distribution: first of blocks of tokens,
-    then of the tokens of one block, the only ones whose probabilities are computed.
-
-    Args:
-        logits: [R, V] on the CPU.
-        uniform: [R, d] float64 in [0, 1).
-
-    Returns:
-        Ids [R, d] int64, never of a token of probability 0, and their log-probabilities, float32 (float64 for float64
-        logits); of each row the largest logit and the logarithm of the sum of ``exp(logit - largest)``, [R, 2].
-    """
-    vocabulary = logits.shape[1]
-    largest, total = block_statistics(logits, _BLOCK)  # [R, V/128]
-    of_all = largest.amax(1, keepdim=True)
-    mass = (largest - of_all).exp_().mul_(total)
-    block, uniform = _search(mass, uniform)  # [R, d]
-    column = block[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)  # [R, d, 128]
-    nearby = logits.gather(1, column.clamp_max(vocabulary - 1).flatten(1)).view(column.shape).to(mass.dtype)
-    probability = (nearby - of_all[:, :, None]).exp_().where(column < vocabulary, 0)
-    within, _ = _search(probability, uniform[:, :, None])
-    log_total = mass.sum(1, keepdim=True).log_()
-    log_probs = nearby.gather(2, within)[..., 0] - of_all - log_total
-    ids = column.gather(2, within)[..., 0].clamp_max_(vocabulary - 1)
-    return ids, log_probs, torch.cat([of_all, log_total], 1)
-
-
-def draw(probability: Tensor, uniform: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """Ids [R, d] drawn from the rows of ``probability`` [R, V] by inverting the cumulative distribution.
-
-    Args:
-        probability: [R, V], at least 0, each row with a sum near 1.
-        uniform: [R, d] float64 in [0, 1).
-        top_p, top_k: as for :func:`sample_rollouts`.
-
-    Returns:
-        [R, d] int64; never a token of probability 0.
-    """
-    vocabulary = probability.shape[1]
-    if top_k:
-        largest, ids = probability.topk(min(top_k, vocabulary))
-        return ids.gather(1, _invert(_nucleus(largest, top_p), uniform))
-    if top_p == 1:
-        return _invert(probability, uniform)
-    # A full sort is slow on a CPU and rarely needed; asking whether it is needed is slow everywhere else.
-    return _draw_nucleus(probability, uniform, top_p, 64 if probability.device.type == "cpu" else vocabulary)
-
-
-def _draw_nucleus(probability: Tensor, uniform: Tensor, top_p: float, size: int) -> Tensor:
-    """As :func:`draw`, trying the ``size`` most likely tokens first."""
-    whole = size * 8 > probability.shape[1]
-    largest, ids = probability.sort(1, descending=True) if whole else probability.topk(size)
-    index = ids.gather(1, _invert(_nucleus(largest, top_p, of_all=True), uniform))
-    if not whole:
-        short = largest.sum(1, dtype=torch.float64) < top_p
-        if short.any():
-            index[short] = _draw_nucleus(probability[short], uniform[short], top_p, 16 * size)
-    return index
-
-
-def _nucleus(largest: Tensor, top_p: float, *, of_all: bool = False) -> Tensor:
-    """Descending probabilities [R, K]; 0 from where those before add up to ``top_p`` (of the sum of all K, or of 1)."""
-    if top_p == 1:
-        return largest
-    cumulative = largest.cumsum(1, dtype=torch.float64)
-    total = 1.0 if of_all else cumulative[:, -1:]
-    before = cumulative - largest
-    return largest.where(before < top_p * total, 0)
-
-
-def _invert(mass: Tensor, uniform: Tensor) -> Tensor:
-    """Index [R, d] where the cumulative sum of ``mass`` [R, K], divided by its total, passes ``uniform`` [R, d]."""
-    if mass.shape[1] <= 16 * _BLOCK:
-        return _search(mass, uniform)[0]
-    # A cumulative sum over the vocabulary costs more than the softmax; block sums are cheap.
-    missing = -mass.shape[1] % _BLOCK
-    blocks = nn.functional.pad(mass, (0, missing)) if missing else mass  # padding by nothing would copy
-    blocks = blocks.unflatten(1, (-1, _BLOCK))  # [R, K/128, 128]
-    block, uniform = _search(blocks.sum(2), uniform)
-    rows = torch.arange(mass.shape[0], device=mass.device)[:, None]
-    within, _ = _search(blocks[rows, block], uniform[..., None])
-    return (block * _BLOCK + within[..., 0]).clamp_max_(mass.shape[1] - 1)  # NaN may lead to the padding
-
-
-def _search(mass: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The index that ``uniform`` [..., d] falls on in ``mass`` [..., K], and how far into its mass, from 0 to 1."""
-    cumulative = mass.cumsum(-1, dtype=torch.float64)
-    total = cumulative[..., -1:].contiguous()
-    target = uniform * total
-    index = torch.searchsorted(cumulative, target, right=True)
-    # Rounding may put a target at the total: the last index with any mass, not the one after it.
-    index = index.minimum(torch.searchsorted(cumulative, total)).clamp_max_(mass.shape[-1] - 1)
-    own = mass.gather(-1, index).double()
-    return index, (target - (cumulative.gather(-1, index) - own)).div_(own).clamp_(0, 1)
+def draws_by(options: Sampler | EBFTOptions, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Who draws tokens from such logits: see :func:`ebft_kernels.logprob._draw.draw_impl`."""
+    cut = options.temperature == 0 or options.top_k > 0 or options.top_p < 1
+    return draw_impl(device, dtype, cut=cut)

@@ -16,7 +16,7 @@ from .credit import entropy_penalty, kl_penalty, reward_advantages
 from .features import has_adapters
 from .quantized import keep_gradients
 from .replay import RecordedRollouts, recorded_rollouts, say
-from .rollout import before_end, end_tokens, sample_rollouts
+from .rollout import before_end, end_tokens, is_end, sample_rollouts
 from .scoring import (
     check_batch,
     policy_log_probs,
@@ -304,13 +304,13 @@ def _draw(
         vocabulary=config.vocabulary,
         generator=generator,
         recorded=recorded,
+        cuda_graphs=config.cuda_graphs,
     )
     weights = rollout_weights(layout, token_mask)
     alive = ended = None
     if ends:
         alive = before_end(tokens, ends)
-        # All after the end are such too. A tensor of the ends would be copied to the device, which the host waits for.
-        ended = torch.stack([tokens[..., -1] == end for end in ends]).any(0)
+        ended = is_end(tokens[..., -1], ends)  # all after the end are such too
     return _Drawn(prompt, layout, token_mask, tokens, log_probs, alive, ended, weights)
 
 

@@ -10,9 +10,11 @@ import torch
 
 from ebft_kernels import StridedLayout, _native
 from ebft_kernels.integrations.transformers import OutputHead, decoder_layers, output_head
+from ebft_kernels.logprob._draw import _draw_by_blocks as draw_by_blocks
+from ebft_kernels.logprob._draw import draw_from as draw
 from ebft_kernels.testing import assert_within_budget, randn
 from ebft_trainer import rollout
-from ebft_trainer.rollout import draw, draw_by_blocks, sample_rollouts
+from ebft_trainer.rollout import sample_rollouts
 
 WHY_NOT_BY_BLOCKS = _native.why_not("cpu")
 needs_compiled_code = pytest.mark.skipif(bool(WHY_NOT_BY_BLOCKS), reason=WHY_NOT_BY_BLOCKS)
@@ -164,7 +166,7 @@ def test_first_tokens_follow_the_models_distribution(options, by_blocks, plain, 
     layout = StridedLayout.from_anchors(torch.tensor([[5]]), 6, horizon=1, samples=4000)
     prompt = plain.prompt_of(layout)
     if not by_blocks:
-        monkeypatch.setattr(rollout, "draws_by_blocks", lambda *_: False)
+        monkeypatch.setattr(rollout, "draws_by", lambda *_: "torch")
     tokens, _ = sample_rollouts(model, prompt, layout, temperature=1.3, generator=generator(), **options)
     with torch.no_grad():
         logits = model(input_ids=prompt[:, :5]).logits[:, -1]
@@ -193,6 +195,42 @@ def test_the_same_seed_gives_the_same_rollouts(plain, monkeypatch):
     assert torch.equal(first, sample(None)[0]), "without a generator torch's own is used"
     monkeypatch.setattr(rollout, "_CHUNK_NUMEL", 2 * plain.vocabulary)
     assert torch.equal(first, sample(generator(5))[0]), "the chunk size changes no rollout"
+
+
+@pytest.mark.parametrize(
+    "options", ({"temperature": 0.7}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}), ids=str
+)
+def test_kernels_draw_the_same_rollouts(options, plain, monkeypatch):
+    """The same numbers, by the kernels in Triton's interpreter, in tiles of a few rows: the same tokens."""
+    pytest.importorskip("triton")
+    model, layout = plain.build(), StridedLayout.strided(2, 9, context=4, stride=3, horizon=2, samples=2)
+    prompt = plain.prompt_of(layout)
+    expected, expected_log_probs = sample_rollouts(model, prompt, layout, generator=generator(), **options)
+    monkeypatch.setattr(rollout, "draws_by", lambda *_: "triton")
+    monkeypatch.setattr(rollout, "rows_at_once", lambda _vocabulary: 3)
+    tokens, log_probs = sample_rollouts(model, prompt, layout, generator=generator(), **options)
+    assert torch.equal(tokens, expected)
+    with torch.no_grad():
+        truth = plain.rollout_log_probs(plain.double(model), prompt, tokens, layout, options["temperature"] or 1.0)
+    assert_within_budget(log_probs, expected_log_probs, truth)
+
+
+def test_a_weight_is_read_few_times_on_an_accelerator():
+    """4064 rows, V = 151936: as many rows at a time as 512 MB hold, all tiles about as large."""
+    assert rollout.tile_rows(4064, 151936, "triton", 2, "cuda") == 1355  # 3 tiles, of at most 1766 rows
+    assert rollout.tile_rows(4064, 151936, "triton", 4, "cuda") == 813  # 5, of at most 883
+    assert rollout.tile_rows(4064, 151936, "torch", 2, "cuda") == 110  # of at most 110
+    assert rollout.tile_rows(4064, 151936, "native", 4, "cpu") == 110
+    assert rollout.tile_rows(16, 100, "triton", 2, "cuda") == 16
+    assert rollout.tile_rows(0, 100, "triton", 2, "cuda") == rollout.tile_rows(1, 1 << 40, "triton", 2, "cuda") == 1
+
+
+def test_end_tokens_need_no_tensor_on_the_device():
+    tokens = torch.tensor([[4, 7, 1, 7], [1, 2, 3, 9]])
+    assert rollout.is_end(tokens, (7, 9)).tolist() == [[False, True, False, True], [False, False, False, True]]
+    assert not rollout.is_end(tokens, ()).any()
+    with torch.device("meta"):  # where whatever reads a value fails
+        assert rollout.before_end(torch.empty(2, 4, dtype=torch.int64), (7, 9)).shape == (2, 4)
 
 
 def test_modes_come_back_and_checkpointing_is_no_obstacle(plain):
@@ -258,8 +296,8 @@ def test_autocast_leaves_float64_alone(plain):
 
 def test_a_low_temperature_does_not_overflow_float16():
     head = OutputHead(torch.tensor([[60.0], [59.0], [0.0]]).half(), None, 1.0, None)
-    sampler = rollout._Sampler(1e-4, 1.0, 0, generator())
-    ids, log_probs, _ = sampler.draw_rows(torch.ones(5, 1, dtype=torch.float16), head, 2)
+    uniform = torch.rand(5, 2, dtype=torch.float64)
+    ids, log_probs = rollout.Sampler(1e-4, 1.0, 0).draw_rows(torch.ones(5, 1, dtype=torch.float16), head, uniform)
     assert (ids == 0).all() and (log_probs == 0).all()
 
 
