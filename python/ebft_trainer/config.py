@@ -91,7 +91,9 @@ class EBFTOptions:
     temperature: float = option(0.6, "sampling temperature, also of the scoring; 0: greedy, scored at 1")
     top_p: float = option(1.0, "sample from the smallest set of tokens with at least this probability")
     top_k: int = option(0, "sample from this many most likely tokens; 0: all")
-    cuda_graphs: bool = option(False, "replay rollouts' decoding steps as CUDA graphs; their memory stays in use")
+    cuda_graphs: bool = option(
+        False, "replay rollouts' decoding steps as CUDA graphs, whose memory stays in use; needs replay_rollouts=False"
+    )
     eos_token_ids: list[int] | None = option(
         None,
         "tokens that end a rollout; default: the model's own and the tokenizer's; an empty list: rollouts never end",
@@ -174,8 +176,13 @@ class EBFTOptions:
         for name in ("feature_map", "verifier"):
             _check_name(name, getattr(self, name))
         _check_token_ids(self.eos_token_ids)
-        if not isinstance(self.replay_rollouts, bool):
-            raise TypeError(f"replay_rollouts: expected True or False, got {self.replay_rollouts!r}")
+        for name in ("replay_rollouts", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.cuda_graphs and self.replay_rollouts:
+            raise ValueError(
+                "cuda_graphs: expected False with replay_rollouts, got True: a graph keeps no record of it"
+            )
         if self.estimator == "group_norm" and self.samples < 2:
             raise ValueError(
                 f"samples: expected at least 2 with estimator 'group_norm', got {self.samples}: no spread in one reward"

@@ -117,6 +117,8 @@ def test_the_parser_of_transformers_reads_it(tmp_path):
         ({"eos_token_ids": 2}, TypeError, "eos_token_ids: expected a list of token ids, got 2"),
         ({"eos_token_ids": [True]}, TypeError, r"eos_token_ids: expected a list of token ids, got \[True\]"),
         ({"replay_rollouts": 1}, TypeError, "replay_rollouts: expected True or False, got 1"),
+        ({"cuda_graphs": 1}, TypeError, "cuda_graphs: expected True or False, got 1"),
+        ({"cuda_graphs": True}, ValueError, "cuda_graphs: expected False with replay_rollouts, got True"),
         ({"eos_token_ids": [2, -1]}, ValueError, r"eos_token_ids: expected token ids of at least 0, got \[2, -1\]"),
         ({"pooling": "max"}, ValueError, "pooling: expected one of 'last_token', .*; got 'max'"),
         ({"normalize": "l2"}, ValueError, "normalize: expected one of 'joint', .*; got 'l2'"),
