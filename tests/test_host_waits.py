@@ -16,7 +16,7 @@ from ebft_kernels import (
 )
 from ebft_kernels.testing import attention_inputs, feature_inputs, randn
 
-from .emulated_cuda import HostWaits, emulated_cuda, no_waiting, waiting
+from .emulated_cuda import HostWaits, emulated_cuda, no_waiting
 
 
 @pytest.fixture
@@ -90,12 +90,12 @@ def test_ops_do_not_wait(op, impl, cuda):
 
 
 @pytest.mark.parametrize("eos_token_ids", ([], [2, 5]))
-def test_the_hot_part_of_a_step_does_not_wait(eos_token_ids, cuda, monkeypatch):
+def test_the_hot_part_of_a_step_does_not_wait(eos_token_ids, cuda):
     """Rollouts, features, rewards, policy and backward, from the second step with a layout on."""
     pytest.importorskip("transformers")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ebft_trainer import EBFTOptions, FeatureNetwork, ebft_step, step
+    from ebft_trainer import EBFTOptions, FeatureNetwork, ebft_step
 
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
     # In train mode a first step finds out, once, whether dropout is drawn, and puts the GPU's random state back.
@@ -105,17 +105,6 @@ def test_the_hot_part_of_a_step_does_not_wait(eos_token_ids, cuda, monkeypatch):
     layout = StridedLayout.strided(2, 17, context=4, stride=4, horizon=3, samples=2).to(cuda)
     prompt = (torch.arange(34, device=cuda) * 7 % 64).view(2, 17)
     options = EBFTOptions(ce_coef=0.5, entropy_coef=0.01, eos_token_ids=eos_token_ids)
-
-    def allowed(function):  # sampling makes a tensor of the end tokens on the device
-        def call(*args, **kwargs):
-            with waiting():
-                return function(*args, **kwargs)
-
-        return call
-
-    if eos_token_ids:
-        monkeypatch.setattr(step, "before_end", allowed(step.before_end))
-        monkeypatch.setattr(step, "sample_rollouts", allowed(step.sample_rollouts))
     ebft_step(model, phi, prompt, layout, options).loss.backward()
     with no_waiting():
         ebft_step(model, phi, prompt, layout, options).loss.backward()
