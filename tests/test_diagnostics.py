@@ -87,7 +87,12 @@ class TestFaults:
 
     def broken(self, monkeypatch, capsys, fault) -> list[str]:
         step = torch_attention.step
-        monkeypatch.setattr(torch_attention, "step", lambda *arguments: fault(step(*arguments)))
+
+        def faulty(*arguments):
+            out, lse = step(*arguments)
+            return fault(out), lse
+
+        monkeypatch.setattr(torch_attention, "step", faulty)
         assert not ebft_kernels.self_test(device="cpu")
         lines = wrong_lines(capsys)
         assert len(lines) == 2

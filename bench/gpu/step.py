@@ -37,7 +37,7 @@ RANK = 16
 _SECONDS, _ROUNDS = 6.0, 3
 #: Kernels of this project, by how their names begin; of matrix products, by what is in them.
 _OURS = re.compile(
-    r"^(strided_attention|pool_(fwd|bwd)|gram|match_fwd|mean_embedding_\w+|softmax_(add|gradient)|dense_mask|geometry)_?\w*kernel"
+    r"^(strided_attention|pool_(fwd|bwd)|gram|match_fwd|mean_embedding_\w+|softmax_(add|gradient)|draw|dense_mask|geometry)_?\w*kernel"
 )
 _PRODUCTS = re.compile(r"gemm|gemv|cutlass|nvjet|cublas|xmma|splitk|aten::(mm|addmm|bmm|baddbmm)", re.IGNORECASE)
 

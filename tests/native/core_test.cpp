@@ -296,7 +296,8 @@ void run_attention(cpu::Isa isa, cpu::Dtype dtype, int64_t kv_heads, int64_t rep
     }
   }
   x.rows = steps, x.first = ranges.prompt + 1, x.spacing = ranges.horizon, x.q = tensor(step_q, steps, size);
-  cpu::strided_attention({isa, 2}, dtype, x, tensor(of_step, steps, value_size), nullptr);
+  Buffer<Result> lse_of_step(heads * steps);
+  cpu::strided_attention({isa, 2}, dtype, x, tensor(of_step, steps, value_size), lse_of_step.data());
   for (int64_t h = 0; h < heads; ++h) {
     for (int64_t r = 0; r < steps; ++r) {
       for (int64_t d = 0; d < value_size; ++d) {

@@ -151,7 +151,7 @@ def test_trained_weights_beneath_adapters_are_refused_where_the_model_without_ad
     options = config(objective="sft", kl_coef=0.1, kl_reference="base")
     with pytest.raises(ValueError, match=message):
         EBFTTrainer(model, options, train_dataset=ROWS)
-    trainer = EBFTTrainer(model, config(objective="sft", kl_coef=0.1), train_dataset=ROWS)
+    trainer = EBFTTrainer(model, config(objective="sft", kl_coef=0.1, replay_rollouts=False), train_dataset=ROWS)
     trainer.train()
     assert trainer.state.log_history[0]["loss/kl"] == 0
     assert {name for name, x in model.named_parameters() if x.requires_grad and "lora" not in name}
@@ -163,7 +163,9 @@ def test_a_reference_that_was_trained_in_another_precision_computes_in_the_polic
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     EBFTTrainer(earlier, config(bf16=True, learning_rate=0.0), train_dataset=ROWS).train()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    trainer = EBFTTrainer(plain.build(), config(kl_coef=0.5), train_dataset=ROWS, reference_model=earlier)
+    trainer = EBFTTrainer(
+        plain.build(), config(kl_coef=0.5, replay_rollouts=False), train_dataset=ROWS, reference_model=earlier
+    )
     trainer.train()
     assert trainer.state.log_history[0]["loss/kl"] == 0
 
