@@ -15,13 +15,14 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from ebft_kernels.integrations.transformers import OutputHead, StridedCache, hidden_states
 from ebft_trainer import rollout
 
 from ._cases import GEOMETRY, SHAPES
 from ._targets import GPUS, standing_in
+from .step import model_config
 
 
 class Launches(TorchDispatchMode):
@@ -48,16 +49,7 @@ def launches(**options: float) -> dict[str, Counter[str]]:
         options: of the sampler: temperature, top_p, top_k.
     """
     shape = SHAPES[0]
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=True,
-    )
+    config = model_config(shape, GEOMETRY.length)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     layout = GEOMETRY.layout().to("meta")

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from .arguments import yaml_of
 from .config import NO_OPTIONS, OF_THE_MACHINE, EBFTConfig, EBFTOptions
 
 #: The terms of the loss, by the option that is their coefficient.
@@ -82,7 +83,7 @@ def model_card(
         parts.append("## Evaluation\n\n" + measured)
     parts += [
         "## Options\n\nEverything that is not the default; `ebft-train train --config` reads it.\n\n"
-        f"```yaml\n{yaml.safe_dump(changed_options(config), sort_keys=False)}```",
+        f"```yaml\n{yaml_of(changed_options(config)).decode()}```",
         "## Citation\n\n"
         "Jelassi et al., *Matching Features, Not Tokens: Energy-Based Fine-Tuning of Language Models*, 2026, "
         "arXiv:2603.12248.",
